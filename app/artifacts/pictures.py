@@ -1,0 +1,129 @@
+"""How a picture file becomes a model's input: the one implementation, used by the service and by training alike."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from app.artifacts.manifest import InputSpec, PictureSpec
+from app.errors import ImageNotDecodable, PayloadTooLarge
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+DEFAULT_MAX_PIXELS = 40_000_000
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is `max_pixels` below, enforced before a pixel is decoded
+
+_RESAMPLE = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def open_picture(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """The picture in a file's bytes, its header read and its size checked, its pixels not decoded yet.
+
+    Raises ImageNotDecodable, and PayloadTooLarge above `max_pixels`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # Pillow's plugins raise whatever hostile bytes lead them to
+        raise ImageNotDecodable(
+            f"picture: expected one of {', '.join(FORMATS)}, found {len(data)} bytes that are none of them"
+        ) from error
+    if image.width * image.height > max_pixels:
+        raise PayloadTooLarge(f"picture: {image.width} × {image.height} pixels, expected at most {max_pixels} in all")
+    return image
+
+
+def picture_to_input(image: Image.Image, spec: InputSpec, *, invert: bool | None = None) -> NDArray[np.float32]:
+    """Brings a picture to the model's input.
+
+    The written rule, in order: first frame of an animation; EXIF orientation applied; 16 bits a channel scaled to 8;
+    transparency laid over white, or over black if what is visible is lighter than middle grey; converted to grey
+    (ITU-R 601 luma) or RGB; polarity; resized with antialiasing and fitted as the manifest says, padding with the
+    border's median; scaled from 0…255 to the manifest's range.
+
+    Args:
+        image: as `open_picture` gave it.
+        spec: the manifest's `input`, with `picture` set.
+        invert: True inverts, False does not, None leaves it to the manifest's polarity rule.
+
+    Returns:
+        (channels, height, width), in the manifest's range.
+
+    Raises ImageNotDecodable if the pixels cannot be decoded.
+    """
+    if spec.picture is None or spec.range is None:
+        raise ValueError("input: expected a manifest that describes a picture")
+    channels, height, width = spec.shape
+    try:
+        image.seek(0)
+        image = ImageOps.exif_transpose(image)
+        image = _to_eight_bits(image)
+        image = image.convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # Pillow's plugins raise whatever hostile bytes lead them to
+        raise ImageNotDecodable(f"picture: damaged {image.format or 'file'}: {error}") from error
+    if invert is None:
+        invert = spec.picture.polarity == "light_on_dark" and _border_median(image) > 127
+    if invert:
+        image = ImageOps.invert(image)
+    pixels = np.asarray(_fit(image, (width, height), spec.picture))
+    pixels = pixels.reshape(height, width, channels).transpose(2, 0, 1)  # (channels, height, width)
+    return pixels_to_range(pixels, spec)
+
+
+def pixels_to_range(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
+    """Pixels 0…255 of any shape, in the manifest's range: divided by 255 in float32 where that is 0 to 1."""
+    low, high = spec.range or (0.0, 1.0)
+    unit = pixels.astype(np.float32) / np.float32(255)
+    return unit if (low, high) == (0.0, 1.0) else np.float32(low) + unit * np.float32(high - low)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel and no transparency: mode L, RGB, or one that `convert` reads faithfully."""
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow's own conversion clips instead of scaling.
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        values = np.asarray(rgba)
+        weight = values[..., 3].astype(np.float64)
+        grey = np.asarray(rgba.convert("L")).astype(np.float64)
+        visible = (grey * weight).sum() / weight.sum() if weight.any() else 0.0
+        background = (0, 0, 0, 255) if visible > 127 else (255, 255, 255, 255)
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
+    return image
+
+
+def _border(image: Image.Image) -> NDArray[np.uint8]:
+    """The outermost ring of pixels, (n,) or (n, channels)."""
+    pixels = np.asarray(image)
+    return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+
+
+def _border_median(image: Image.Image) -> float:
+    return float(np.median(_border(image)))
+
+
+def _fit(image: Image.Image, size: tuple[int, int], spec: PictureSpec) -> Image.Image:
+    """The picture at (width, height)."""
+    if image.size == size:
+        return image
+    filter_ = _RESAMPLE[spec.resample]
+    if spec.fit == "stretch":
+        return image.resize(size, filter_)
+    if spec.fit == "crop":
+        return ImageOps.fit(image, size, filter_)
+    fill = np.median(_border(image), axis=0).astype(int)
+    canvas = Image.new(image.mode, size, tuple(fill.tolist()) if fill.ndim else int(fill))
+    scale = min(size[0] / image.width, size[1] / image.height)
+    # At least a pixel: a picture of 10000 × 1 must not shrink to nothing.
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    canvas.paste(image.resize(inner, filter_), ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2))
+    return canvas
