@@ -109,7 +109,9 @@ def write_artifact(store: Path, manifest: Manifest, files: Mapping[str, bytes]) 
     """
     parent = store / manifest.name
     parent.mkdir(parents=True, exist_ok=True)
-    entries = {name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)) for name, data in files.items()}
+    entries = {
+        name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)) for name, data in files.items()
+    }
     while True:
         version = next_version(store, manifest.name)
         facts = manifest.model_dump() | {"version": version, "files": entries}

@@ -1,0 +1,71 @@
+"""python -m app: the service's command line."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from app.main import create_app
+from app.observability.logs import configure_logging
+from app.settings import Settings
+
+cli = typer.Typer(
+    name="python -m app",
+    help="Serves trained autoencoders over HTTP.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@cli.callback()
+def main() -> None:
+    """Serves trained autoencoders over HTTP."""
+
+
+@cli.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [HOURGLASS_HOST, 127.0.0.1].")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0 takes a free one [HOURGLASS_PORT, 8000].")
+    ] = None,
+) -> None:
+    """Serve the models of the store.
+
+    Everything else is set by environment variables with the prefix HOURGLASS_; the README lists them.
+
+    Example:  HOURGLASS_MODELS_STORE=models_store python -m app serve --port 8000
+    """
+    logger = logging.getLogger("app")
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    try:
+        settings = Settings(**given)  # type: ignore[arg-type]
+        log_config = configure_logging(settings.log_format)
+        app = create_app(settings)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            typer.echo(f"HOURGLASS_{name}: {problem['msg']}, found {problem['input']!r}", err=True)
+        raise typer.Exit(2) from error
+    except ValueError as error:
+        typer.echo(f"HOURGLASS_{str(error)[:1].upper()}{str(error)[1:]}", err=True)
+        raise typer.Exit(2) from error
+    logger.info("Hourglass on http://%s:%d, models from %s", settings.host, settings.port, settings.models_store)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=log_config,
+        access_log=False,  # the metrics count requests; a line for each would cost more than the work
+        server_header=False,
+        lifespan="on",
+    )
+
+
+if __name__ == "__main__":
+    cli()

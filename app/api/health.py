@@ -1,0 +1,92 @@
+"""Is the process alive, is the service ready, how far is loading, what do the metrics say."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from app.api.dependencies import catalog_of, metrics_of
+from app.api.errors import Problem, problem_body
+from app.api.responses import json_response
+from app.catalog import State
+
+router = APIRouter(tags=["service"])
+
+
+class Live(BaseModel):
+    """The event loop answers."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """Whether requests will be answered, and why not."""
+
+    ready: bool
+    reasons: list[str] = Field(description="Empty when ready.")
+
+
+class NotReadyProblem(Problem):
+    """Why the service is not ready."""
+
+    ready: bool
+    reasons: list[str]
+
+
+class Startup(BaseModel):
+    """How far loading is."""
+
+    done: bool
+    loaded: int
+    refused: int
+    loading: list[str] = Field(description="Artifacts that are not loaded yet, name:version.")
+
+
+@router.api_route("/livez", methods=["GET", "HEAD"], response_model=Live, summary="Alive")
+async def livez() -> Response:
+    """200 while the process answers at all; says nothing about models."""
+    return json_response({"live": True})
+
+
+@router.api_route(
+    "/readyz",
+    methods=["GET", "HEAD"],
+    response_model=Ready,
+    summary="Ready",
+    responses={503: {"model": NotReadyProblem, "description": "`not_ready`"}},
+)
+async def readyz(request: Request) -> Response:
+    """200 once every required model, and at least one, is served; else 503 with the reasons."""
+    reasons = catalog_of(request).reasons_not_ready()
+    if not reasons:
+        return json_response({"ready": True, "reasons": []})
+    body = problem_body(
+        "not ready: " + "; ".join(reasons), "not_ready", request.scope["request_id"], ready=False, reasons=reasons
+    )
+    return Response(body, status_code=503, media_type="application/json", headers={"Retry-After": "1"})
+
+
+@router.api_route("/startupz", methods=["GET", "HEAD"], response_model=Startup, summary="Loading progress")
+async def startupz(request: Request) -> Response:
+    """How many artifacts of the store are loaded, refused and still to come."""
+    versions = [version for versions in catalog_of(request).models.values() for version in versions]
+    loading = [str(version.ref) for version in versions if version.state is State.LOADING]
+    return json_response(
+        {
+            "done": catalog_of(request).is_loaded,
+            "loaded": sum(version.state is State.READY for version in versions),
+            "refused": sum(version.state is State.REFUSED for version in versions),
+            "loading": loading,
+        }
+    )
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Text format."}},
+)
+async def metrics(request: Request) -> Response:
+    """Every metric in Prometheus' text format."""
+    return Response(metrics_of(request).exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,110 @@
+"""What the service serves: every model of the store, its versions, states and figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from app import errors
+from app.api.dependencies import catalog_of
+from app.api.errors import problem_responses
+from app.api.responses import json_response
+from app.catalog import ModelVersion
+
+router = APIRouter(tags=["models"])
+
+
+class VersionEntry(BaseModel):
+    """One version of a model."""
+
+    version: int
+    state: str = Field(description="ready, loading or refused.")
+    reason: str | None = Field(description="Why it was refused; null otherwise.")
+
+
+class InputEntry(BaseModel):
+    """What one item of the model looks like."""
+
+    shape: list[int] = Field(description="(channels, height, width) of a picture, (features,) of a record.")
+    range: tuple[float, float] | None = Field(description="Lowest and highest value; null: any finite number.")
+    features: list[str] | None = Field(None, description="Names of a record's features.")
+
+
+class ModelEntry(BaseModel):
+    """A model of the store. What stands below `versions` is the default version's; null while none is served."""
+
+    name: str
+    default_version: int | None
+    versions: list[VersionEntry]
+    description: str | None = None
+    capabilities: list[str] = Field(default_factory=list)
+    unsupported: dict[str, str] = Field(default_factory=dict, description="What it cannot do, with the reason.")
+    default_for: list[str] = Field(default_factory=list)
+    input: InputEntry | None = None
+    latent_dim: int | None = None
+    max_batch_size: int | None = None
+    calibration: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = Field(None, description="Measured figures with unit, protocol and baselines.")
+    training: dict[str, Any] | None = Field(None, description="Preset, data, seed and configuration.")
+
+
+class ModelList(BaseModel):
+    """Every model of the store, by name."""
+
+    models: list[ModelEntry]
+
+
+@router.get("/models", response_model=ModelList, summary="Every model")
+async def list_models(request: Request) -> Response:
+    """Every model of the store with its versions' states."""
+    models = catalog_of(request).models
+    return json_response({"models": [_entry(request, name, models[name]) for name in sorted(models)]})
+
+
+@router.get(
+    "/models/{name}",
+    response_model=ModelEntry,
+    summary="One model",
+    responses=problem_responses([errors.ModelNotFound]),
+)
+async def show_model(request: Request, name: str) -> Response:
+    """One model of the store."""
+    models = catalog_of(request).models
+    if name not in models:
+        raise errors.ModelNotFound(f"model: expected one of {', '.join(sorted(models)) or 'none'}; found {name!r}")
+    return json_response(_entry(request, name, models[name]))
+
+
+def _entry(request: Request, name: str, versions: list[ModelVersion]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": name,
+        "default_version": None,
+        "versions": [
+            {"version": version.ref.version, "state": version.state, "reason": version.reason} for version in versions
+        ],
+        "capabilities": [],
+    }
+    served = catalog_of(request).default_version(name)
+    if served is None:
+        return entry
+    manifest = served.manifest
+    calibration = manifest.calibration
+    return entry | {
+        "default_version": manifest.version,
+        "description": manifest.description,
+        "capabilities": sorted(manifest.capabilities),
+        "unsupported": manifest.unsupported,
+        "default_for": manifest.default_for,
+        "input": {
+            "shape": manifest.input.shape,
+            "range": manifest.input.range,
+            "features": manifest.input.features,
+        },
+        "latent_dim": manifest.latent_dim,
+        "max_batch_size": manifest.max_batch_size,
+        "calibration": calibration and calibration.model_dump(exclude={"file"}),
+        "metrics": {key: metric.model_dump() for key, metric in manifest.metrics.items()},
+        "training": manifest.training.model_dump(),
+    }

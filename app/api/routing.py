@@ -1,0 +1,412 @@
+"""Declared once, served raw: an endpoint's schemas make the OpenAPI document, its requests are read as bytes.
+
+`InferenceRouter` registers an endpoint under the machinery that all of them share: find the model, read the body, run
+the endpoint, encode the answer as the caller accepts it.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+from urllib.parse import parse_qsl
+
+import anyio.to_thread
+import numpy as np
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app import errors
+from app.api.dependencies import (
+    Model,
+    catalog_of,
+    preferred_media_type,
+    read_body,
+    request_timeout_s,
+    settings_of,
+)
+from app.api.errors import problem_responses
+from app.api.responses import json_response
+from app.artifacts.manifest import Capability
+from app.codecs.bodies import Body
+from app.codecs.images import encode_png
+from app.codecs.items import Items, Limits, bring_to_input, read_items
+from app.codecs.npy import encode_npy
+
+JSON, PNG, NPY = "application/json", "image/png", "application/x-npy"
+
+# Below these, decoding costs less than handing it to another thread.
+_INLINE_BYTES = 128 * 1024
+_INLINE_PIXELS = 256 * 256
+
+COMMON_ERRORS: tuple[type[errors.ServiceError], ...] = (
+    errors.InvalidInput,
+    errors.ShapeMismatch,
+    errors.InvalidParameter,
+    errors.ModelNotFound,
+    errors.NotAcceptable,
+    errors.CapabilityNotSupported,
+    errors.PayloadTooLarge,
+    errors.UnsupportedMediaType,
+    errors.MalformedPayload,
+    errors.QueueFull,
+    errors.InferenceFailed,
+    errors.NotReady,
+    errors.ModelUnavailable,
+    errors.NoModels,
+    errors.Draining,
+    errors.DeadlineExceeded,
+)
+
+
+class ModelQuery(BaseModel):
+    """Query parameters of every inference route."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(
+        None,
+        description="`name` or `name:version`. Without it: the default for what is asked.",
+        examples=["mnist-conv"],
+    )
+    images: Literal["png"] | None = Field(
+        None, description="`png`: pictures in a JSON answer are base64 PNG files instead of nested numbers."
+    )
+
+
+class ItemsQuery(ModelQuery):
+    """Query parameters of the routes that take items."""
+
+    invert: bool | None = Field(
+        None,
+        description="`true` inverts every item (dark on light), `false` none; unset, the model's polarity rule decides "
+        "for pictures.",
+    )
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an endpoint answers, before anyone knows in which format.
+
+    Args:
+        columns: one value per item under each name of the answer's schema; arrays have the items first.
+        main: the column that `Accept: application/x-npy` answers, or an array made for it.
+        pictures: the column that `Accept: image/png` shows; None if there is nothing to show.
+        beside: members that stand beside `results`.
+    """
+
+    columns: dict[str, Sequence[Any] | NDArray[Any]]
+    main: NDArray[Any]
+    pictures: str | None = None
+    beside: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Content:
+    """A body that is not made of items, and how much it may hold."""
+
+    body: Body
+    limits: Limits
+
+
+QueryT = TypeVar("QueryT", bound=ModelQuery)
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class RawRoute(APIRoute):
+    """A route whose endpoint takes the request and gives the response, with none of FastAPI's work per request."""
+
+    def get_route_handler(self) -> Handler:
+        """The endpoint itself."""
+        handler: Handler = self.endpoint
+        return handler
+
+
+class InferenceRouter(APIRouter):
+    """Registers inference endpoints; see `items` and `body`."""
+
+    def items(
+        self,
+        path: str,
+        *,
+        capability: Capability,
+        answers: type[BaseModel],
+        query: type[QueryT],
+        raises: Sequence[type[errors.ServiceError]] = (),
+    ) -> Callable[[Callable[[Items, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
+        """Declares `endpoint(items, model, query)` at POST `path`: items in, one `answers` per item out."""
+
+        async def read(body: Body, model: Model, query: QueryT, request: Request) -> Items:
+            limits = _limits(request)
+            spec = model.manifest.input
+            if query_invert(query) is not None and spec.range is None:
+                raise errors.InvalidParameter("invert: this model takes records, which have no dark and light")
+            if len(body.data) <= _INLINE_BYTES:
+                found = read_items(body, spec, limits)
+            else:
+                found = await anyio.to_thread.run_sync(read_items, body, spec, limits)
+            if found.pixels <= _INLINE_PIXELS:
+                return bring_to_input(found, spec, invert=query_invert(query))
+            return await anyio.to_thread.run_sync(lambda: bring_to_input(found, spec, invert=query_invert(query)))
+
+        return self._declare(
+            path,
+            capability=capability,
+            answers=answers,
+            query=query,
+            read=read,
+            request_body=ITEMS_BODY,
+            body_required=True,
+            raises=(*COMMON_ERRORS, errors.ImageNotDecodable, *raises),
+        )
+
+    def body(
+        self,
+        path: str,
+        *,
+        capability: Capability,
+        answers: type[BaseModel],
+        request_body: dict[str, Any],
+        body_required: bool = True,
+        beside: dict[str, Any] | None = None,
+    ) -> Callable[[Callable[[Content, Model, ModelQuery], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
+        """Declares `endpoint(content, model, query)` at POST `path`, for bodies that hold something else than items."""
+
+        async def read(body: Body, _model: Model, _query: ModelQuery, request: Request) -> Content:
+            return Content(body, _limits(request))
+
+        return self._declare(
+            path,
+            capability=capability,
+            answers=answers,
+            query=ModelQuery,
+            read=read,
+            request_body=request_body,
+            body_required=body_required,
+            beside=beside,
+            raises=COMMON_ERRORS,
+        )
+
+    def _declare(
+        self,
+        path: str,
+        *,
+        capability: Capability,
+        answers: type[BaseModel],
+        query: type[QueryT],
+        read: Callable[[Body, Model, QueryT, Request], Awaitable[Any]],
+        request_body: dict[str, Any],
+        body_required: bool,
+        raises: Sequence[type[errors.ServiceError]],
+        beside: dict[str, Any] | None = None,
+    ) -> Callable[[Callable[[Any, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
+        def decorate(endpoint: Callable[[Any, Model, QueryT], Awaitable[Results]]) -> Callable[..., Awaitable[Results]]:
+            async def handle(request: Request) -> Response:
+                parameters = parse_query(query, request.scope["query_string"])
+                media_type = preferred_media_type(request.headers.get("accept", ""), (JSON, PNG, NPY))
+                if media_type is None and "text/html" not in request.headers["accept"]:
+                    raise errors.NotAcceptable(
+                        f"accept: expected {JSON}, {PNG} or {NPY}, found {request.headers['accept']!r}"
+                    )
+                timeout_s = request_timeout_s(request)
+                model = Model(catalog_of(request).find(parameters.model, capability), timeout_s)
+                started = time.perf_counter()
+                given = await read(await read_body(request), model, parameters, request)
+                decoded = time.perf_counter()
+                results = await endpoint(given, model, parameters)
+                ids = given.ids if isinstance(given, Items) else None
+                ran = time.perf_counter()
+                response = encode_results(
+                    results, model, media_type or JSON, as_png=parameters.images == "png", ids=ids
+                )
+                response.headers["X-Model"] = str(model)
+                response.headers["Server-Timing"] = (
+                    f"decode;dur={(decoded - started) * 1e3:.3f}, queue;dur={model.queued_s * 1e3:.3f}, "
+                    f"run;dur={model.ran_s * 1e3:.3f}, encode;dur={(time.perf_counter() - ran) * 1e3:.3f}"
+                )
+                return response
+
+            handle.__name__, handle.__doc__ = endpoint.__name__, endpoint.__doc__
+            self.add_api_route(
+                path,
+                handle,
+                methods=["POST"],
+                summary=(endpoint.__doc__ or "").strip().splitlines()[0].rstrip("."),
+                response_model=_answer_model(answers, beside or {}),
+                responses={**_OTHER_ANSWERS, **problem_responses(raises)},
+                openapi_extra={
+                    "parameters": [*_query_parameters(query), *_HEADER_PARAMETERS],
+                    "requestBody": {"required": body_required, "content": request_body},
+                },
+                route_class_override=RawRoute,
+            )
+            return endpoint
+
+        return decorate
+
+
+def query_invert(query: ModelQuery) -> bool | None:
+    """The `invert` parameter of a query that may have one."""
+    return query.invert if isinstance(query, ItemsQuery) else None
+
+
+def parse_query(query: type[QueryT], query_string: bytes) -> QueryT:
+    """The query string's parameters. Raises InvalidParameter for an unknown, repeated or bad one."""
+    if not query_string:
+        return query()
+    pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise errors.InvalidParameter("query: a parameter is given more than once")
+    try:
+        return query.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(query.model_fields)
+            raise errors.InvalidParameter(f"{name}: unknown parameter; this route knows {known}") from error
+        raise errors.InvalidParameter(f"{name}: {first['msg']}, found {first['input']!r}") from error
+
+
+def encode_results(results: Results, model: Model, media_type: str, *, as_png: bool, ids: list[Any] | None) -> Response:
+    """The answer in that media type. Raises NotAcceptable for a picture where there is none to show."""
+    spec = model.manifest.input
+    columns = results.columns
+    if media_type == NPY:
+        return Response(encode_npy(results.main), media_type=NPY)
+    if media_type == PNG or (as_png and results.pictures):
+        if results.pictures is None or spec.picture is None or spec.range is None:
+            raise errors.NotAcceptable("accept: this answer holds no picture to show as image/png")
+        arrays = np.asarray(columns[results.pictures])
+        if media_type == PNG:
+            return Response(encode_png(arrays, spec.range), media_type=PNG)
+        pictures = [base64.b64encode(encode_png(array[np.newaxis], spec.range)).decode() for array in arrays]
+        columns = {**columns, results.pictures: pictures}
+    if ids is not None:
+        columns = {"id": ids, **columns}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    answer = {"model": model.manifest.name, "version": model.manifest.version, **results.beside, "results": rows}
+    return json_response(answer)
+
+
+def _limits(request: Request) -> Limits:
+    settings = settings_of(request)
+    return Limits(max_rows=settings.max_queue_rows, max_image_pixels=settings.max_image_pixels)
+
+
+def _answer_model(answers: type[BaseModel], beside: dict[str, Any]) -> type[BaseModel]:
+    """The schema of the whole answer around one item's schema."""
+    return create_model(
+        f"{answers.__name__}Answer",
+        __doc__=f"One `{answers.__name__}` per item, in the order of the items.",
+        model=(str, Field(description="Name of the model that answered.")),
+        version=(int, Field(description="Its version.")),
+        **beside,
+        results=(list[answers], Field(description="In the order of the items.")),  # type: ignore[valid-type]
+    )
+
+
+def _query_parameters(query: type[ModelQuery]) -> list[dict[str, Any]]:
+    """The OpenAPI parameters of a query model."""
+    properties = query.model_json_schema()["properties"]
+    parameters = []
+    for name, schema in properties.items():
+        plain = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+        shown = {key: value for key, value in plain[0].items() if key not in ("title", "description")}
+        parameters.append(
+            {"name": name, "in": "query", "required": False, "description": schema["description"], "schema": shown}
+        )
+    return parameters
+
+
+_HEADER_PARAMETERS: list[dict[str, Any]] = [
+    {
+        "name": "X-Request-Timeout-Ms",
+        "in": "header",
+        "required": False,
+        "description": "Milliseconds until a 504, the time in the queue included.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 600_000},
+    },
+    {
+        "name": "X-Request-Id",
+        "in": "header",
+        "required": False,
+        "description": "Echoed in the answer; drawn if absent.",
+        "schema": {"type": "string", "maxLength": 128},
+    },
+]
+
+_OTHER_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One result per item; with `Accept: image/png` a picture (several items: one grid), with "
+        "`Accept: application/x-npy` the main array.",
+        "headers": {
+            "X-Model": {"schema": {"type": "string"}, "description": "name:version of the model that answered."},
+            "X-Request-Id": {"schema": {"type": "string"}},
+            "Server-Timing": {"schema": {"type": "string"}},
+        },
+        "content": {
+            PNG: {"schema": {"type": "string", "format": "binary"}},
+            NPY: {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+ITEMS_BODY: dict[str, Any] = {
+    JSON: {
+        "schema": {
+            "type": "object",
+            "required": ["instances"],
+            "additionalProperties": False,
+            "properties": {
+                "instances": {
+                    "type": "array",
+                    "minItems": 1,
+                    "description": "Items: numbers nested in the model's input shape, or flat; or "
+                    '{"b64": "<picture file>"}; or for records an object by feature name.',
+                    "items": {
+                        "oneOf": [
+                            {"type": "array", "items": {}},
+                            {
+                                "type": "object",
+                                "properties": {"b64": {"type": "string", "format": "byte"}},
+                            },
+                        ]
+                    },
+                },
+                "ids": {
+                    "type": "array",
+                    "items": {"oneOf": [{"type": "string"}, {"type": "integer"}]},
+                    "description": "One per item, echoed as `id` in the results.",
+                },
+            },
+        }
+    },
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+            "description": "One or more picture files under any field name.",
+        }
+    },
+    "image/png": _BINARY,
+    "image/jpeg": _BINARY,
+    "image/webp": _BINARY,
+    "image/bmp": _BINARY,
+    "image/tiff": _BINARY,
+    NPY: {
+        "schema": {
+            "type": "string",
+            "format": "binary",
+            "description": "float16, float32, float64 or uint8: one item, (n, *shape) or (n, flat).",
+        }
+    },
+}

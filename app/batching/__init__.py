@@ -1,0 +1,1 @@
+"""Many callers' items into few batches, and each result back to its caller."""

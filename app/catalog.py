@@ -1,0 +1,305 @@
+"""Name → served model: loaded artifacts, their states, and each device's one worker thread and batcher."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from app.artifacts.calibration import Calibration
+from app.artifacts.manifest import Capability, Manifest
+from app.artifacts.store import Artifact, ArtifactRef, list_artifacts, read_artifact
+from app.batching.batcher import Answered, Batcher, BatchRecord, Lane
+from app.errors import (
+    ArtifactRefused,
+    CapabilityNotSupported,
+    InvalidParameter,
+    ModelNotFound,
+    ModelUnavailable,
+    NoModels,
+    NotReady,
+)
+from app.inference.loaded_model import LoadedModel, Row
+
+logger = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """Where one version of a model stands."""
+
+    LOADING = "loading"
+    READY = "ready"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model and the lanes of its capabilities in its device's batcher."""
+
+    manifest: Manifest
+    calibration: Calibration | None
+    lanes: dict[Capability, Lane[Row, Row]]
+    batcher: Batcher
+
+    def __str__(self) -> str:
+        return f"{self.manifest.name}:{self.manifest.version}"
+
+    async def run(self, capability: Capability, rows: Sequence[Row], timeout_s: float | None) -> Answered[Row]:
+        """The outputs of the exported method for each row; raises as `Batcher.submit` does."""
+        return await self.batcher.submit(self.lanes[capability], rows, timeout_s=timeout_s)
+
+
+@dataclass
+class ModelVersion:
+    """One version of a model in the store: its state, the reason for it, and the model once it is served."""
+
+    ref: ArtifactRef
+    state: State = State.LOADING
+    reason: str | None = None
+    served: ServedModel | None = None
+
+
+class Catalog:
+    """Owns the device's worker thread, its batcher and every loaded model. Open and close it with `async with`.
+
+    Args:
+        store: folder of artifacts.
+        device: where the models run; its one worker thread runs all of torch.
+        max_queue_rows: most rows that may wait for the device.
+        max_batch_size: most rows in a batch; None leaves it to each manifest.
+        default_model: model for requests that name none, where it has the capability.
+        required_models: names without which the service is not ready.
+        observe: told of every batch: model name, version, capability, record.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        device: torch.device,
+        *,
+        max_queue_rows: int,
+        max_batch_size: int | None = None,
+        default_model: str | None = None,
+        required_models: Sequence[str] = (),
+        observe: Callable[[str, int, Capability, BatchRecord], None] = lambda *_: None,
+    ) -> None:
+        self.store = store
+        self.device = device
+        self._max_batch_size = max_batch_size
+        self._default_model = default_model
+        self._required_models = tuple(required_models)
+        self._observe = observe
+        self._lane_labels: dict[Lane[Any, Any], tuple[str, int, Capability]] = {}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"device-{device}")
+        self.batcher = Batcher(self._worker, max_queue_rows=max_queue_rows, observe=self._observe_batch)
+        self._versions: dict[str, list[ModelVersion]] = {}
+        self._loading: asyncio.Task[None] | None = None
+        self._listed = False
+
+    def __repr__(self) -> str:
+        return f"<Catalog of {self.store} on {self.device}: {len(self._versions)} models, {self.batcher!r}>"
+
+    async def __aenter__(self) -> Self:
+        """Starts loading every artifact of the store in the background."""
+        self._loading = asyncio.create_task(self._load_all(), name="load models")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        await self.batcher.__aexit__(kind, error, trace)
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    async def loaded(self) -> None:
+        """Returns once every artifact of the store is served or refused."""
+        if self._loading is not None:
+            await self._loading
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether every artifact of the store is served or refused."""
+        return self._loading is not None and self._loading.done()
+
+    @property
+    def models(self) -> dict[str, list[ModelVersion]]:
+        """Every name of the store with its versions, ascending."""
+        return self._versions
+
+    def default_version(self, name: str) -> ServedModel | None:
+        """The highest version of that name that is served."""
+        ready = [version.served for version in self._versions.get(name, ()) if version.served is not None]
+        return ready[-1] if ready else None
+
+    def reasons_not_ready(self) -> list[str]:
+        """Why the service is not ready; empty when it is."""
+        if not self._listed:
+            return ["the models store has not been read yet"]
+        reasons = [
+            f"required model {name}: {self._why_not(name)}"
+            for name in self._required_models
+            if self.default_version(name) is None
+        ]
+        versions = [version for name in self._versions for version in self._versions[name]]
+        if loading := [str(version.ref) for version in versions if version.state is State.LOADING]:
+            reasons.append(f"loading {', '.join(loading)}")
+        elif not any(version.served for version in versions):
+            reasons.append(f"no model in {self.store} can be served")
+        return reasons
+
+    def find(self, wanted: str | None, capability: Capability) -> ServedModel:
+        """The model that a request means.
+
+        Args:
+            wanted: `name`, `name:version`, or None for the default of the capability.
+            capability: what it must be able to do.
+
+        Raises ModelNotFound, ModelUnavailable, NotReady, NoModels, InvalidParameter or CapabilityNotSupported.
+        """
+        model = self._default(capability) if wanted is None else self._named(wanted)
+        if capability not in model.manifest.capabilities:
+            reason = model.manifest.unsupported.get(capability)
+            able = self._able(capability)
+            raise CapabilityNotSupported(
+                f"{model} does not support {capability}"
+                + (f": {reason}" if reason else "")
+                + (
+                    f"; models that do: {', '.join(other.manifest.name for other in able)}"
+                    if able
+                    else "; no model here does"
+                )
+            )
+        return model
+
+    def _served(self) -> list[ServedModel]:
+        """The default version of every name that is served, by name."""
+        models = (self.default_version(name) for name in sorted(self._versions))
+        return [model for model in models if model is not None]
+
+    def _able(self, capability: Capability) -> list[ServedModel]:
+        return [model for model in self._served() if capability in model.manifest.capabilities]
+
+    def _default(self, capability: Capability) -> ServedModel:
+        able = self._able(capability)
+        if able:
+            # Of equals, min takes the first, and they come by name.
+            return min(
+                able,
+                key=lambda model: (
+                    model.manifest.name != self._default_model,
+                    capability not in model.manifest.default_for,
+                ),
+            )
+        if not self._listed or any(v.state is State.LOADING for versions in self._versions.values() for v in versions):
+            raise NotReady("models are still loading")
+        if not self._served():
+            raise NoModels(f"models store {self.store}: no model in it can be served", retry_after_s=5)
+        raise CapabilityNotSupported(f"no model here supports {capability}")
+
+    def _named(self, wanted: str) -> ServedModel:
+        name, colon, number = wanted.partition(":")
+        versions = self._versions.get(name)
+        if not versions:
+            if not self._listed:
+                raise NotReady("models are still loading")
+            known = ", ".join(sorted(self._versions)) or "none"
+            raise ModelNotFound(f"model: expected one of {known}; found {name!r}")
+        if not colon:
+            model = self.default_version(name)
+            if model is not None:
+                return model
+            raise self._unavailable(versions[-1])
+        if not number.isascii() or not number.isdigit():
+            raise InvalidParameter(f"model: expected name or name:version with a number, found {wanted!r}")
+        for version in versions:
+            if version.ref.version == int(number):
+                if version.served is None:
+                    raise self._unavailable(version)
+                return version.served
+        raise ModelNotFound(
+            f"model: {name} has the versions {', '.join(str(v.ref.version) for v in versions)}; found {number}"
+        )
+
+    def _unavailable(self, version: ModelVersion) -> Exception:
+        if version.state is State.LOADING:
+            return NotReady(f"model: {version.ref} is still loading")
+        return ModelUnavailable(f"model: {version.ref} was refused: {version.reason}", retry_after_s=5)
+
+    def _why_not(self, name: str) -> str:
+        versions = self._versions.get(name)
+        if not versions:
+            return "not in the store"
+        return f"version {versions[-1].ref.version} is {versions[-1].state}" + (
+            f": {versions[-1].reason}" if versions[-1].reason else ""
+        )
+
+    async def _load_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        refs = await loop.run_in_executor(self._worker, lambda: list(list_artifacts(self.store)))
+        for ref in refs:
+            self._versions.setdefault(ref.name, []).append(ModelVersion(ref))
+        self._listed = True
+        for version in [version for name in self._versions for version in self._versions[name]]:
+            await self._load(version)
+        served = sum(version.served is not None for name in self._versions for version in self._versions[name])
+        if served:
+            logger.info("ready: %d of %d artifacts served on %s", served, len(refs), self.device)
+        else:
+            logger.error("not ready: no artifact in %s can be served", self.store)
+
+    async def _load(self, version: ModelVersion) -> None:
+        started = time.perf_counter()
+        try:
+            # On the device's own thread: no forward pass ever runs on any other.
+            artifact, loaded = await asyncio.get_running_loop().run_in_executor(
+                self._worker, self._prepare, version.ref
+            )
+            version.served = self._serve(artifact, loaded)
+        except ArtifactRefused as error:
+            version.state, version.reason = State.REFUSED, str(error)
+            logger.error("refused %s: %s", version.ref, error)  # noqa: TRY400  the reason says it; no traceback
+        except Exception as error:  # one artifact's trouble must not keep the others from being served
+            version.state, version.reason = State.REFUSED, f"{type(error).__name__}: {error}"
+            logger.exception("refused %s", version.ref)
+        else:
+            version.state = State.READY
+            logger.info("loaded %s in %.2f s", version.ref, time.perf_counter() - started)
+
+    def _prepare(self, ref: ArtifactRef) -> tuple[Artifact, LoadedModel]:
+        artifact = read_artifact(ref)
+        loaded = LoadedModel.load(artifact, self.device)
+        loaded.self_test(artifact)
+        loaded.warm_up(self._batch_size(artifact.manifest))
+        return artifact, loaded
+
+    def _batch_size(self, manifest: Manifest) -> int:
+        return min(manifest.max_batch_size, self._max_batch_size or manifest.max_batch_size)
+
+    def _serve(self, artifact: Artifact, loaded: LoadedModel) -> ServedModel:
+        manifest = artifact.manifest
+        lanes = {capability: self._lane(loaded, capability) for capability in manifest.capabilities}
+        return ServedModel(manifest, artifact.calibration(), lanes, self.batcher)
+
+    def _lane(self, loaded: LoadedModel, capability: Capability) -> Lane[Row, Row]:
+        manifest = loaded.manifest
+        lane: Lane[Row, Row] = Lane(
+            name=f"{manifest.name}:{manifest.version} {capability}",
+            run=lambda rows: loaded.run(capability, rows),
+            max_batch_size=self._batch_size(manifest),
+        )
+        self._lane_labels[lane] = (manifest.name, manifest.version, capability)
+        return lane
+
+    def _observe_batch(self, lane: Lane[Any, Any], record: BatchRecord) -> None:
+        self._observe(*self._lane_labels[lane], record)

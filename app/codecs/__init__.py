@@ -1,0 +1,1 @@
+"""Bytes ⇄ arrays. Knows formats, knows no model."""

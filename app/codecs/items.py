@@ -1,0 +1,318 @@
+"""A request's body as items: JSON, pictures, multipart or npy → one float32 array per item.
+
+Reading is in two steps: `read_items` is cheap and finds everything that is wrong with the form; `bring_to_input`
+decodes and scales pictures, which for large ones does not belong on the event loop.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from app.artifacts.manifest import InputSpec
+from app.artifacts.pictures import open_picture, picture_to_input, pixels_to_range
+from app.codecs.bodies import Body, parse_json
+from app.codecs.multipart import parse_multipart
+from app.codecs.npy import decode_npy
+from app.errors import (
+    ImageNotDecodable,
+    InvalidInput,
+    MalformedPayload,
+    PayloadTooLarge,
+    ServiceError,
+    ShapeMismatch,
+    UnsupportedMediaType,
+)
+
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/tiff", "image/gif")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold."""
+
+    max_rows: int
+    max_image_pixels: int
+
+
+@dataclass(frozen=True)
+class ReadItems:
+    """Items whose form is right: float32 arrays in the item's shape, or pictures that are not decoded yet."""
+
+    entries: Sequence[NDArray[np.float32] | Image.Image]
+    ids: list[Any] | None = None
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels are still to be decoded."""
+        return sum(entry.width * entry.height for entry in self.entries if isinstance(entry, Image.Image))
+
+
+@dataclass(frozen=True)
+class Items:
+    """A request's items: `values` (n, *shape) float32 in the manifest's range, and the caller's ids, if any."""
+
+    values: NDArray[np.float32]
+    ids: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def read_items(body: Body, spec: InputSpec, limits: Limits) -> ReadItems:
+    """The items of a request's body, by its media type; no media type means JSON.
+
+    Raises UnsupportedMediaType, MalformedPayload, ImageNotDecodable, PayloadTooLarge, and InvalidInput or
+    ShapeMismatch, naming the item's index.
+    """
+    if body.is_json:
+        return _read_json(parse_json(body.data), spec, limits)
+    if body.media_type == "application/x-npy":
+        array = decode_npy(body.data)
+        _check_count(len(_npy_rows(array, spec)), limits)
+        return ReadItems(list(_npy_to_range(_npy_rows(array, spec), spec)))
+    if body.media_type == "multipart/form-data":
+        parts = parse_multipart(body, limits.max_rows)
+        if not parts:
+            raise InvalidInput("multipart: expected at least one picture file, found no part")
+        return ReadItems([_open(part.data, index, spec, limits) for index, part in enumerate(parts)])
+    if body.media_type in IMAGE_TYPES:
+        return ReadItems([_open(body.data, 0, spec, limits)])
+    raise UnsupportedMediaType(
+        f"content-type: expected application/json, multipart/form-data, application/x-npy or one of "
+        f"{', '.join(IMAGE_TYPES)}; found {body.media_type!r}"
+    )
+
+
+def bring_to_input(read: ReadItems, spec: InputSpec, *, invert: bool | None) -> Items:
+    """The items as the model takes them.
+
+    Args:
+        read: as `read_items` gave it.
+        spec: the manifest's `input`.
+        invert: True inverts every item, for dark on light; False inverts none; None leaves pictures to the
+            manifest's polarity rule and arrays as they are.
+
+    Raises ImageNotDecodable, naming the item's index.
+    """
+    low, high = spec.range or (0.0, 0.0)
+    values = np.empty((len(read.entries), *spec.shape), dtype=np.float32)
+    for index, entry in enumerate(read.entries):
+        if isinstance(entry, Image.Image):
+            try:
+                values[index] = picture_to_input(entry, spec, invert=invert)
+            except ImageNotDecodable as error:
+                raise ImageNotDecodable(f"item {index}: {error}") from error
+        elif invert:
+            values[index] = np.float32(low + high) - entry
+        else:
+            values[index] = entry
+    return Items(values, read.ids)
+
+
+def check_rows(rows: NDArray[np.float32], value_range: tuple[float, float] | None) -> None:
+    """Raises InvalidInput, naming the first item with a number that is not finite or outside `value_range`."""
+    low, high = value_range or (-np.inf, np.inf)
+    good = np.isfinite(rows) & (rows >= low) & (rows <= high)
+    if good.all():
+        return
+    index = int(np.argmin(good.reshape(len(rows), -1).all(axis=1)))
+    value = float(rows[index][~good[index]].flat[0])
+    if not np.isfinite(value):
+        raise InvalidInput(f"item {index}: expected finite numbers, found {_number_name(value)}")
+    raise InvalidInput(f"item {index}: expected numbers from {low:g} to {high:g}, found {value:g}")
+
+
+def rows_from_json(value: object, field: str, shape: tuple[int, ...], limits: Limits) -> NDArray[np.float32]:
+    """A JSON list of rows, each nested in `shape` or flat, as (n, *shape). Raises InvalidInput or ShapeMismatch."""
+    return np.stack([_row_from_json(row, index, shape) for index, row in enumerate(_list(value, field, limits))])
+
+
+def rows_from_npy(data: bytes, shape: tuple[int, ...], limits: Limits) -> NDArray[np.float32]:
+    """An npy file as rows, (n, *shape). Raises MalformedPayload, InvalidInput or ShapeMismatch."""
+    rows = _shaped_rows(decode_npy(data), shape)
+    _check_count(len(rows), limits)
+    return rows.astype(np.float32)
+
+
+def ids_from_json(document: dict[str, Any], count: int) -> list[Any] | None:
+    """The caller's `ids`, one per item, or None. Raises InvalidInput."""
+    ids = document.get("ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or len(ids) != count:
+        found = f"{len(ids)} ids" if isinstance(ids, list) else type(ids).__name__
+        raise InvalidInput(f"ids: expected a list of {count}, one per item, found {found}")
+    if not set(map(type, ids)) <= {str, int}:
+        raise InvalidInput("ids: expected strings or integers")
+    return ids
+
+
+def _read_json(document: object, spec: InputSpec, limits: Limits) -> ReadItems:
+    if not isinstance(document, dict):
+        raise InvalidInput(f'body: expected an object {{"instances": […]}}, found {_json_type(document)}')
+    if unknown := sorted(document.keys() - {"instances", "ids"}):
+        raise InvalidInput(f"body: expected the members instances and ids, found {', '.join(map(repr, unknown))}")
+    if "instances" not in document:
+        raise InvalidInput("instances: missing; expected a list of items")
+    instances = _list(document["instances"], "instances", limits)
+    entries = [_entry_from_json(instance, index, spec, limits) for index, instance in enumerate(instances)]
+    arrays = [entry for entry in entries if not isinstance(entry, Image.Image)]
+    if len(arrays) == len(entries):
+        check_rows(np.stack(arrays), spec.range)
+    else:
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, Image.Image):
+                _check_row(entry, index, spec)
+    return ReadItems(entries, ids_from_json(document, len(entries)))
+
+
+def _check_row(row: NDArray[np.float32], index: int, spec: InputSpec) -> None:
+    try:
+        check_rows(row[np.newaxis], spec.range)
+    except InvalidInput as error:
+        raise InvalidInput(str(error).replace("item 0", f"item {index}", 1)) from error
+
+
+def _list(value: object, field: str, limits: Limits) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidInput(f"{field}: expected a list, found {_json_type(value)}")
+    if not value:
+        raise InvalidInput(f"{field}: expected at least one item, found an empty list")
+    _check_count(len(value), limits)
+    return value
+
+
+def _check_count(count: int, limits: Limits) -> None:
+    if count > limits.max_rows:
+        raise PayloadTooLarge(f"items: expected at most {limits.max_rows}, found {count}")
+
+
+def _entry_from_json(
+    instance: object, index: int, spec: InputSpec, limits: Limits
+) -> NDArray[np.float32] | Image.Image:
+    if isinstance(instance, dict):
+        if spec.features is not None:
+            return _record_from_json(instance, index, spec.features)
+        if instance.keys() != {"b64"} or not isinstance(instance["b64"], str):
+            raise InvalidInput(
+                f'item {index}: expected numbers or {{"b64": "<picture file>"}}, '
+                f"found an object with {', '.join(map(repr, instance)) or 'no members'}"
+            )
+        try:
+            data = base64.b64decode(instance["b64"], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise MalformedPayload(f"item {index}: b64: not base64: {error}") from error
+        return _open(data, index, spec, limits)
+    return _row_from_json(instance, index, spec.shape)
+
+
+def _record_from_json(instance: dict[str, Any], index: int, features: tuple[str, ...]) -> NDArray[np.float32]:
+    unknown = [name for name in instance if name not in features]
+    missing = [name for name in features if name not in instance]
+    if unknown or missing:
+        raise InvalidInput(
+            f"item {index}: "
+            + "; ".join(
+                f"{kind} features {', '.join(map(repr, names))}"
+                for kind, names in (("unknown", unknown), ("missing", missing))
+                if names
+            )
+        )
+    return _row_from_json([instance[name] for name in features], index, (len(features),))
+
+
+def _row_from_json(row: object, index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Numbers nested in `shape`, or flat, as an array of `shape`."""
+    if not isinstance(row, list):
+        raise InvalidInput(f"item {index}: expected numbers of shape {_shape(shape)}, found {_json_type(row)}")
+    flat: list[Any] = row
+    if row and isinstance(row[0], list):
+        level: list[Any] = [row]
+        for depth, length in enumerate(shape):
+            for part in level:
+                if not isinstance(part, list) or len(part) != length:
+                    raise _mismatch(row, index, shape, ragged=depth > 0)
+            level = list(chain.from_iterable(level))
+        flat = level
+    elif len(row) != int(np.prod(shape)):
+        raise _mismatch(row, index, shape, ragged=False)
+    # At the speed of C, and without numpy's readiness to take strings, booleans and null for numbers.
+    if not set(map(type, flat)) <= {int, float}:
+        bad = next(value for value in flat if type(value) not in (int, float))
+        if isinstance(bad, list):
+            raise _mismatch(row, index, shape, ragged=True)
+        raise InvalidInput(f"item {index}: expected numbers, found {_json_type(bad)}")
+    try:
+        with np.errstate(over="ignore"):  # 1e39 becomes an infinity in float32, and is refused as one
+            return np.asarray(flat, dtype=np.float32).reshape(shape)
+    except OverflowError as error:
+        raise InvalidInput(f"item {index}: expected numbers that fit a float, found a larger integer") from error
+
+
+def _mismatch(row: list[Any], index: int, shape: tuple[int, ...], *, ragged: bool) -> ShapeMismatch:
+    found: list[int] = []
+    level: object = row
+    while isinstance(level, list):
+        found.append(len(level))
+        level = level[0] if level else None
+    what = f"{_shape(tuple(found))}{', or ragged lists' if ragged else ''}"
+    return ShapeMismatch(f"item {index}: expected {_shape(shape)} or a flat ({int(np.prod(shape))},), found {what}")
+
+
+def _open(data: bytes, index: int, spec: InputSpec, limits: Limits) -> Image.Image:
+    if spec.picture is None:
+        raise InvalidInput(f"item {index}: this model takes records of shape {_shape(spec.shape)}, found a picture")
+    try:
+        return open_picture(data, limits.max_image_pixels)
+    except ServiceError as error:
+        raise type(error)(f"item {index}: {error}") from error
+
+
+def _npy_rows(array: NDArray[Any], spec: InputSpec) -> NDArray[Any]:
+    return _shaped_rows(array, spec.shape)
+
+
+def _shaped_rows(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """(shape), (n, shape) or (n, flat) as (n, *shape)."""
+    size = int(np.prod(shape))
+    if array.shape == shape:
+        array = array[np.newaxis]
+    elif array.shape[1:] not in (shape, (size,)) or array.ndim < 2:
+        raise ShapeMismatch(
+            f"npy: expected {_shape(shape)}, (n, {', '.join(map(str, shape))}) or (n, {size}), found "
+            f"{_shape(array.shape)}"
+        )
+    if not len(array):
+        raise InvalidInput("npy: expected at least one item, found an array of no rows")
+    return array.reshape(len(array), *shape)
+
+
+def _npy_to_range(rows: NDArray[Any], spec: InputSpec) -> NDArray[np.float32]:
+    if rows.dtype == np.uint8 and spec.picture is not None:
+        return pixels_to_range(rows, spec)
+    with np.errstate(over="ignore"):  # what overflows float32 is refused as an infinity
+        values = rows.astype(np.float32)
+    check_rows(values, spec.range)
+    return values
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _number_name(value: float) -> str:
+    return "NaN" if np.isnan(value) else "an infinity, or a number too large for float32"

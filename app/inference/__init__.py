@@ -1,0 +1,1 @@
+"""The one place of the service that runs torch."""

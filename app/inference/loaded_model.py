@@ -1,0 +1,194 @@
+"""One TorchScript module on one device: load, self-test, warm up, run. Knows nothing of HTTP, queues or asyncio.
+
+The only file of the service that names `torch.jit`.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from app.artifacts.manifest import Capability, Manifest, Method, TensorSpec
+from app.artifacts.store import Artifact
+from app.errors import ArtifactRefused
+
+Row = tuple[NDArray[np.float32], ...]
+"""A method's arguments, or its outputs, for one item: float32 arrays without the batch axis."""
+
+# torch.jit.load is not thread-safe, and neither is the warnings filter.
+_LOAD_LOCK = threading.Lock()
+_WARM_UP_CALLS = 3  # the profiling executor specialises on the second call of a shape
+
+
+class NotFiniteError(ArithmeticError):
+    """A model's output for one item holds NaN or an infinity."""
+
+
+def select_device(wanted: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises ValueError if the machine has no such device.
+    """
+    if wanted == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {wanted} was asked for, but {torch.cuda.device_count()} CUDA devices are available")
+    return device
+
+
+class LoadedModel:
+    """A frozen module on its device. All of its methods run on the device's one worker thread."""
+
+    def __init__(self, manifest: Manifest, module: torch.jit.ScriptModule, device: torch.device) -> None:
+        self.manifest = manifest
+        self.device = device
+        self._methods = {capability: getattr(module, capability) for capability in manifest.capabilities}
+
+    def __repr__(self) -> str:
+        return f"<LoadedModel {self.manifest.name}:{self.manifest.version} on {self.device}>"
+
+    @classmethod
+    def load(cls, artifact: Artifact, device: torch.device) -> LoadedModel:
+        """The artifact's module on `device`, loaded from the verified bytes.
+
+        Raises ArtifactRefused if torch is older than the exporting one, cannot read it, or a method is missing.
+        """
+        manifest = artifact.manifest
+        if _release(torch.__version__) < _release(manifest.torch_version):
+            raise ArtifactRefused(
+                f"{manifest.model_file}: exported with torch {manifest.torch_version}, "
+                f"this service runs {torch.__version__}, which is older"
+            )
+        names = [str(capability) for capability in manifest.capabilities]
+        with _LOAD_LOCK, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)")
+            try:
+                module = torch.jit.load(io.BytesIO(artifact.model), map_location=device)  # type: ignore[no-untyped-call]
+            except Exception as error:  # torch raises whatever the bytes lead it to
+                raise ArtifactRefused(f"{manifest.model_file}: torch cannot load it: {_first_line(error)}") from error
+            for name in names:
+                if not callable(getattr(module, name, None)):
+                    raise ArtifactRefused(f"{manifest.model_file}: method {name} is missing")
+            try:
+                module = torch.jit.freeze(module.eval(), preserved_attrs=names)
+            except Exception as error:
+                raise ArtifactRefused(f"{manifest.model_file}: cannot be frozen: {_first_line(error)}") from error
+        return cls(manifest, module, device)
+
+    def run(self, capability: Capability, rows: Sequence[Row]) -> list[Row | Exception]:
+        """The method's outputs for each row; a row whose outputs are not finite gets a NotFiniteError in their place.
+
+        Raises whatever the module raises, for the whole batch, and ValueError if an output has another shape than
+        the manifest says.
+        """
+        method = self.manifest.capabilities[capability]
+        arguments = [np.stack(column) for column in zip(*rows, strict=True)]  # each (batch, …)
+        outputs = self.forward(capability, arguments)
+        _check_shapes(method, outputs, len(rows))
+        finite = np.ones(len(rows), dtype=bool)
+        for output in outputs:
+            finite &= np.isfinite(output.reshape(len(rows), -1)).all(axis=1)
+        return [
+            tuple(output[index] for output in outputs)
+            if finite[index]
+            else NotFiniteError(f"{capability} gave a number that is not finite")
+            for index in range(len(rows))
+        ]
+
+    def forward(self, capability: Capability, arguments: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """One call of the exported method: arrays with a batch axis in, arrays with a batch axis out."""
+        with torch.inference_mode():
+            tensors = [self._to_device(argument) for argument in arguments]
+            given = self._methods[capability](*tensors)
+            outputs = given if isinstance(given, tuple) else (given,)
+            return [cast("NDArray[np.float32]", output.float().cpu().numpy()) for output in outputs]
+
+    def self_test(self, artifact: Artifact) -> dict[Capability, float]:
+        """Runs every method on the artifact's own vectors, alone and batched, and compares.
+
+        Returns the largest absolute difference by method. Raises ArtifactRefused beyond the manifest's tolerance.
+        """
+        vectors = artifact.self_test_vectors()
+        tolerance = self.manifest.self_test
+        worst: dict[Capability, float] = {}
+        for capability, method in self.manifest.capabilities.items():
+            arguments = _vectors(vectors, method.inputs, f"{capability}/in/")
+            expected = _vectors(vectors, method.outputs, f"{capability}/out/")
+            batch_sizes = {len(array) for array in (*arguments, *expected)}
+            if len(batch_sizes) != 1 or 0 in batch_sizes:
+                raise ArtifactRefused(f"{tolerance.file}: {capability}: vectors of unequal or no rows")
+            for rows in (slice(None), slice(0, 1)):
+                found = self._self_test_outputs(capability, method, [a[rows] for a in arguments])
+                for spec, got, want in zip(method.outputs, found, expected, strict=True):
+                    off = np.abs(got - want[rows])
+                    allowed = tolerance.absolute_tolerance + tolerance.relative_tolerance * np.abs(want[rows])
+                    if not (off <= allowed).all():  # a NaN is not ≤ either
+                        raise ArtifactRefused(
+                            f"self-test: {capability}: {spec.name} is off by {off.max():.3g}, "
+                            f"expected at most {tolerance.absolute_tolerance:g}"
+                        )
+                    worst[capability] = max(worst.get(capability, 0.0), float(off.max(initial=0.0)))
+        return worst
+
+    def warm_up(self, max_batch_size: int) -> None:
+        """Runs every method at the batch sizes 1, 2 and `max_batch_size`, so that no caller pays for compilation."""
+        low, high = self.manifest.input.range or (-1.0, 1.0)
+        for capability, method in self.manifest.capabilities.items():
+            for batch_size in sorted({1, min(2, max_batch_size), max_batch_size}):
+                middle = np.float32((low + high) / 2)
+                arguments = [np.full((batch_size, *spec.shape), middle, np.float32) for spec in method.inputs]
+                for _ in range(_WARM_UP_CALLS):
+                    self.forward(capability, arguments)
+
+    def _to_device(self, array: NDArray[np.float32]) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _self_test_outputs(
+        self, capability: Capability, method: Method, arguments: list[NDArray[np.float32]]
+    ) -> list[NDArray[np.float32]]:
+        try:
+            outputs = self.forward(capability, arguments)
+            _check_shapes(method, outputs, len(arguments[0]))
+        except Exception as error:  # whatever the module raises, the artifact is refused for it
+            raise ArtifactRefused(f"self-test: {capability}: {_first_line(error)}") from error
+        return outputs
+
+
+def _check_shapes(method: Method, outputs: Sequence[NDArray[np.float32]], batch_size: int) -> None:
+    expected = [(batch_size, *spec.shape) for spec in method.outputs]
+    found = [output.shape for output in outputs]
+    if found != expected:
+        raise ValueError(f"outputs: expected {expected}, got {found}")
+
+
+def _vectors(
+    vectors: dict[str, NDArray[np.float32]], specs: Sequence[TensorSpec], prefix: str
+) -> list[NDArray[np.float32]]:
+    found = []
+    for spec in specs:
+        key = f"{prefix}{spec.name}"
+        if key not in vectors:
+            raise ArtifactRefused(f"self-test: vectors {key} are missing")
+        found.append(vectors[key])
+    return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor of a version such as 2.14.1+cpu."""
+    return tuple(int(part) for part in version.split("+", maxsplit=1)[0].split(".")[:2])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

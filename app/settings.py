@@ -1,0 +1,49 @@
+"""Every environment variable that the service reads, typed, units in the names. Only `main` and the command line do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read from the environment with the prefix `HOURGLASS_`."""
+
+    model_config = SettingsConfigDict(env_prefix="HOURGLASS_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    models_store: Path = Field(Path("models_store"), description="Folder of artifacts, <name>/<version>/ each.")
+    default_model: str | None = Field(None, description="Model for requests that name none, where it can do the work.")
+    required_models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Comma-separated names without which the service is not ready."
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto (CUDA where there is one), cpu, cuda or cuda:N.",
+    )
+    max_batch_size: int | None = Field(
+        None, ge=1, description="Most rows in one forward pass; unset: what each manifest says."
+    )
+    max_queue_rows: int = Field(4096, ge=1, description="Most rows that may wait; beyond it requests get a 429.")
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes, decompressed.")
+    max_image_pixels: int = Field(40_000_000, ge=1, description="Largest uploaded picture, in pixels.")
+    request_timeout_ms: int = Field(
+        30_000, ge=1, le=600_000, description="A request's time, queue included, unless it sets X-Request-Timeout-Ms."
+    )
+    log_format: Literal["console", "json"] = Field(
+        default_factory=lambda: "console" if sys.stderr.isatty() else "json",
+        description="Log lines for people or for machines; unset: console on a terminal, else json.",
+    )
+
+    @field_validator("required_models", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
