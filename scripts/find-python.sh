@@ -23,5 +23,5 @@ if [ -n "${1:-}" ]; then
 else
     printf 'No Python 3.11, 3.12 or 3.13 with venv and pip found on the path.\n' >&2
 fi
-printf 'Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: make setup PYTHON=/path/to/python3.12\n' >&2
+printf 'Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: PYTHON=/path/to/python3.12\n' >&2
 exit 1

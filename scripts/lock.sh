@@ -14,7 +14,7 @@ trap 'rm -rf "$fresh"' EXIT
 "$fresh/venv/bin/python" -m pip install --disable-pip-version-check --requirement "$fresh/requirements.txt"
 
 {
-    printf '# What the project installs, exactly: pip install -c constraints.txt. Written by `make lock`, not by hand.\n'
+    printf '# What the project installs, exactly: pip install -c constraints.txt. Regenerate it with `make lock`.\n'
     printf '# The CUDA libraries that torch brings on Linux are missing on purpose: each torch pins its own.\n'
     # A local label (2.14.1+cpu) names one build of a release; any build of it will do.
     "$fresh/venv/bin/python" -m pip list --disable-pip-version-check --format=freeze --exclude pip |
