@@ -1,0 +1,300 @@
+"""From a trained network to the module as served, and back: the one file of this package that names `torch.jit`."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from app.artifacts.manifest import Capability, Method, TensorSpec
+from training.autoencoders import Autoencoder
+from training.errors import TrainingError
+
+TOLERANCE = 1e-5
+"""Largest absolute difference between the eager module and the exported one."""
+
+CHECKED_BATCH_SIZES = (1, 2, 7, 64)
+
+
+class _Method(nn.Module):
+    if TYPE_CHECKING:  # TorchScript would take the annotation for a type of its own
+        network: Autoencoder
+
+
+class _Encode(_Method):
+    @torch.jit.export
+    def encode(self, x: Tensor) -> Tensor:
+        """(batch, *item) → (batch, latent_dim); a variational autoencoder's mu."""
+        return self.network.encode(x)
+
+
+class _Decode(_Method):
+    @torch.jit.export
+    def decode(self, z: Tensor) -> Tensor:
+        """(batch, latent_dim) → (batch, *item)."""
+        return self.network.decode(z)
+
+
+class _Reconstruct(_Method):
+    @torch.jit.export
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """(batch, *item) → (batch, *item)."""
+        return self.network.reconstruct(x)
+
+
+class _Denoise(_Method):
+    @torch.jit.export
+    def denoise(self, x: Tensor) -> Tensor:
+        """(batch, *item) → (batch, *item): the reconstruction of a network that learnt to answer for clean items."""
+        return self.network.reconstruct(x)
+
+
+class _AnomalyScore(_Method):
+    @torch.jit.export
+    def anomaly_score(self, x: Tensor) -> Tensor:
+        """(batch, *item) → (batch,): mean squared reconstruction error, higher is more anomalous."""
+        return (self.network.reconstruct(x) - x).square().flatten(1).mean(1)
+
+
+class _Sample(_Method):
+    @torch.jit.export
+    def sample(self, u: Tensor, eps: Tensor) -> Tensor:
+        """(batch,), (batch, latent_dim) → (batch, *item).
+
+        `eps` is standard normal. `u` chooses the component of a mixture; the prior N(0, I) has none, so it is ignored.
+        """
+        del u
+        return self.network.decode(eps)
+
+
+METHODS: dict[Capability, type[nn.Module]] = {
+    Capability.ENCODE: _Encode,
+    Capability.DECODE: _Decode,
+    Capability.RECONSTRUCT: _Reconstruct,
+    Capability.DENOISE: _Denoise,
+    Capability.ANOMALY_SCORE: _AnomalyScore,
+    Capability.SAMPLE: _Sample,
+}
+"""What each capability exports. A class each, so that a module has the methods of its capabilities and no others."""
+
+
+class Servable(nn.Module):
+    """The module as served: a network, with one exported method per capability.
+
+    Made by `servable`, whose class for a set of capabilities inherits their methods.
+    """
+
+    def __init__(self, network: Autoencoder) -> None:
+        super().__init__()
+        self.network = network
+
+
+def servable(network: Autoencoder) -> Servable:
+    """The network with the methods of its capabilities, on the CPU in evaluation mode."""
+    return _servable_class(network.capabilities)(network.cpu().eval()).eval()
+
+
+@functools.cache
+def _servable_class(capabilities: tuple[Capability, ...]) -> type[Servable]:
+    return type("Servable", (Servable, *(METHODS[capability] for capability in capabilities)), {})
+
+
+class ExportedModule:
+    """A module as the artifact's file holds it; owns its weights, on one device."""
+
+    def __init__(self, data: bytes, device: torch.device | str = "cpu") -> None:
+        """Loads the bytes of `model.pt`. Raises TrainingError if they are none."""
+        self.device = torch.device(device)
+        with _deprecation_silenced():
+            try:
+                self._module = torch.jit.load(io.BytesIO(data), map_location=self.device).eval()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                raise TrainingError(f"model.pt: not a TorchScript archive: {str(error).splitlines()[0]}") from error
+
+    def __repr__(self) -> str:
+        return f"ExportedModule({', '.join(self.methods)}; {self.device})"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the exported methods, sorted."""
+        return tuple(sorted(str(name) for name in self._module._c._method_names()))
+
+    def freeze(self) -> ExportedModule:
+        """Freezes the module as the service does after loading."""
+        with _deprecation_silenced():
+            self._module = torch.jit.freeze(self._module, preserved_attrs=list(self.methods))
+        return self
+
+    @torch.inference_mode()
+    def run(self, method: str, *inputs: Tensor, batch_size: int = 256) -> Tensor:
+        """The method's first output for inputs of any number of rows, on the CPU, in batches.
+
+        Raises TrainingError if there is no such method.
+        """
+        if method not in self.methods:
+            raise TrainingError(f"model.pt: expected a method {method}, found {', '.join(self.methods)}")
+        call = getattr(self._module, method)
+        outputs = []
+        for start in range(0, len(inputs[0]), batch_size):
+            output = call(*(tensor[start : start + batch_size].to(self.device) for tensor in inputs))
+            outputs.append((output if isinstance(output, Tensor) else output[0]).cpu())
+        return torch.cat(outputs)
+
+
+def signatures(
+    capabilities: Sequence[Capability], item_shape: tuple[int, ...], latent_dim: int
+) -> dict[Capability, Method]:
+    """Inputs and outputs of each method, as the manifest states them."""
+    x, z = ("x", item_shape), ("z", (latent_dim,))
+    table: dict[Capability, tuple[list[tuple[str, tuple[int, ...]]], tuple[str, tuple[int, ...]]]] = {
+        Capability.ENCODE: ([x], ("latent", (latent_dim,))),
+        Capability.DECODE: ([z], ("reconstruction", item_shape)),
+        Capability.RECONSTRUCT: ([x], ("reconstruction", item_shape)),
+        Capability.DENOISE: ([x], ("denoised", item_shape)),
+        Capability.ANOMALY_SCORE: ([x], ("score", ())),
+        Capability.SAMPLE: ([("u", ()), ("eps", (latent_dim,))], ("sample", item_shape)),
+    }
+    return {
+        capability: Method(
+            inputs=tuple(TensorSpec(name=name, shape=shape) for name, shape in table[capability][0]),
+            outputs=(TensorSpec(name=table[capability][1][0], shape=table[capability][1][1]),),
+        )
+        for capability in capabilities
+    }
+
+
+def export(network: Autoencoder, items: Tensor, noise: torch.Generator) -> bytes:
+    """The bytes of `model.pt`, checked against the eager network; the same network gives the same bytes.
+
+    Args:
+        network: trained.
+        items: float32 items to check with, (at least 64, *item).
+        noise: where the other methods' inputs are drawn from.
+
+    Raises TrainingError if an exported method differs from the eager one by more than TOLERANCE, or if a row's
+    answer depends by more than that on how many rows share its batch.
+    """
+    eager = servable(network)
+    with _deprecation_silenced():
+        _forget_scripted_classes()
+        scripted = torch.jit.script(eager)
+        buffer = io.BytesIO()
+        torch.jit.save(scripted, buffer)
+    data = _canonical(buffer.getvalue())
+    exported = ExportedModule(data)
+    expected_methods = tuple(sorted(network.capabilities))
+    if exported.methods != expected_methods:
+        raise TrainingError(f"export: expected the methods {expected_methods}, found {exported.methods}")
+    for method, inputs in method_inputs(network.capabilities, network.latent_dim, items, noise).items():
+        with torch.inference_mode():
+            expected = getattr(eager, method)(*inputs)
+        for batch_size in CHECKED_BATCH_SIZES:
+            difference = float((exported.run(method, *inputs, batch_size=batch_size) - expected).abs().max())
+            if not difference <= TOLERANCE:
+                raise TrainingError(
+                    f"export: {method} in batches of {batch_size}: expected the eager network's answer within "
+                    f"{TOLERANCE}, found a difference of {difference:.2g}"
+                )
+    return data
+
+
+def method_inputs(
+    capabilities: Sequence[Capability], latent_dim: int, items: Tensor, noise: torch.Generator
+) -> dict[Capability, tuple[Tensor, ...]]:
+    """Inputs for every method, as many rows as `items`: the items themselves where it takes items, else noise."""
+    rows = len(items)
+    z, eps = (torch.randn(rows, latent_dim, generator=noise) for _ in range(2))
+    u = torch.rand(rows, generator=noise)
+    special = {Capability.DECODE: (z,), Capability.SAMPLE: (u, eps)}
+    return {capability: special.get(capability, (items,)) for capability in capabilities}
+
+
+def self_test_vectors(
+    exported: ExportedModule, methods: Mapping[Capability, Method], inputs: Mapping[Capability, tuple[Tensor, ...]]
+) -> bytes:
+    """The bytes of an .npz with each method's inputs and answers, as the manifest's SelfTest describes it."""
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for capability, method in methods.items():
+        for spec, tensor in zip(method.inputs, inputs[capability], strict=True):
+            arrays[f"{capability}/in/{spec.name}"] = tensor.numpy()
+        arrays[f"{capability}/out/{method.outputs[0].name}"] = exported.run(capability, *inputs[capability]).numpy()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for key in sorted(arrays):
+            member = io.BytesIO()
+            np.save(member, np.ascontiguousarray(arrays[key], dtype="<f4"), allow_pickle=False)
+            archive.writestr(_undated(f"{key}.npy", zipfile.ZIP_DEFLATED), member.getvalue())
+    return buffer.getvalue()
+
+
+def self_test_differences(
+    exported: ExportedModule, methods: Mapping[Capability, Method], vectors: Mapping[str, NDArray[np.float32]]
+) -> Iterator[tuple[Capability, NDArray[np.float32], NDArray[np.float32]]]:
+    """Runs the stored inputs of every method: (method, found, expected). Raises TrainingError if one is missing."""
+    for capability, method in methods.items():
+        keys = [f"{capability}/in/{spec.name}" for spec in method.inputs]
+        output = f"{capability}/out/{method.outputs[0].name}"
+        if missing := [key for key in (*keys, output) if key not in vectors]:
+            raise TrainingError(f"self-test: expected the arrays {missing}, found {sorted(vectors)}")
+        found = exported.run(capability, *(torch.from_numpy(vectors[key].copy()) for key in keys))
+        yield capability, found.numpy(), vectors[output]
+
+
+def _forget_scripted_classes() -> None:
+    """Has TorchScript name classes as a fresh process would. What was scripted before must not be called any more."""
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()
+
+
+def _canonical(data: bytes) -> bytes:
+    """A TorchScript archive without what differs between equal modules.
+
+    Source positions name files of the exporting machine, and a class whose name is taken gets a number from a counter
+    that the process never resets. Members stay uncompressed, as torch writes them.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
+    numbers: dict[bytes, bytes] = {}
+
+    def renumber(match: re.Match[bytes]) -> bytes:
+        return match[1] + numbers.setdefault(match[2], str(len(numbers)).encode())
+
+    mangled = re.compile(rb"(___torch_mangle_)(\d+)")
+    canonical = {}
+    for name, content in members.items():
+        if name.endswith(".debug_pkl") or name == ".data/serialization_id":
+            continue
+        # In code and in pickles such a name ends at a dot or a line's end, so its length may change.
+        is_text = name.endswith((".py", ".pkl"))
+        new_name = mangled.sub(renumber, name.encode()).decode()
+        canonical[new_name] = mangled.sub(renumber, content) if is_text else content
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in sorted(canonical):
+            archive.writestr(_undated(f"model/{name}", zipfile.ZIP_STORED), canonical[name])
+    return buffer.getvalue()
+
+
+def _undated(name: str, compression: int) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.compress_type = compression
+    return entry
+
+
+@contextmanager
+def _deprecation_silenced() -> Iterator[None]:
+    """Silences TorchScript's own deprecation, and no other warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=re.escape("`torch.jit.") + ".*is deprecated")
+        yield
