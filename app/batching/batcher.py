@@ -221,10 +221,7 @@ class Batcher:
             request.taken += count
             self._waiting_rows -= count
             room -= count
-            if request.waiting:
-                request.turn = next(self._turns)
-                queue.move_to_end(request)
-            else:
+            if not request.waiting:
                 del queue[request]
         if not queue:
             del self._queues[lane]
@@ -243,6 +240,7 @@ class Batcher:
         except BaseException as error:  # noqa: BLE001  the executor itself failed: everyone in the batch is told
             results = [error] * rows
         self._deliver(batch, results)
+        self._requeue(batch)
         self._rows_per_s = 0.8 * self._rows_per_s + 0.2 * rows / ran_s if self._rows_per_s else rows / ran_s
         self._observe(
             lane,
@@ -270,6 +268,15 @@ class Batcher:
                 if not request.unanswered and not request.answer.done():
                     request.answer.set_result(self._answered(request))
             offset += count
+
+    def _requeue(self, batch: list[_Slice[Any, Any]]) -> None:
+        """Puts what is left of a request behind whoever came while its batch ran."""
+        for part in batch:
+            request = part.request
+            queue = self._queues.get(request.lane)
+            if queue is not None and request in queue:
+                request.turn = next(self._turns)
+                queue.move_to_end(request)
 
     def _answered(self, request: _Request[Any, Any]) -> Answered[Any]:
         started = request.started_at or request.enqueued_at

@@ -14,7 +14,6 @@ import pytest
 from app.batching.batcher import Batcher, BatchRecord, Lane
 from app.errors import DeadlineExceeded, Draining, InferenceFailed, PayloadTooLarge, QueueFull
 
-
 BAD = 1313
 
 
@@ -190,7 +189,8 @@ def test_a_large_request_is_split_and_lets_others_in_between() -> None:
     """A request larger than a batch gives way to those behind it after each of its batches, in every lane."""
 
     async def scene(batcher: Batcher) -> None:
-        model, other = Doubler(max_batch_size=4), Doubler(name="other")
+        model, other = Doubler(max_batch_size=4), Doubler(max_batch_size=4)
+        other.batches = model.batches  # one list for both, in the order in which they ran
         large = asyncio.create_task(batcher.submit(model.lane, list(range(10, 22))))
         await settle()
         small = asyncio.create_task(batcher.submit(model.lane, [1]))
@@ -198,11 +198,9 @@ def test_a_large_request_is_split_and_lets_others_in_between() -> None:
         await settle()
         model.open(10)
         other.open(10)
-        assert (await small).results == [2]
-        assert (await elsewhere).results == [14]
-        assert not large.done()
-        assert (await large).results == [2 * i for i in range(10, 22)]
-        assert model.batches[1][0] == 1
+        answers = await asyncio.gather(large, small, elsewhere)
+        assert [answer.results for answer in answers] == [[2 * i for i in range(10, 22)], [2], [14]]
+        assert model.batches == [[10, 11, 12, 13], [1, 14, 15, 16], [7], [17, 18, 19, 20], [21]]
 
     play(scene)
 
