@@ -6,12 +6,10 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.staticfiles import StaticFiles
-from swagger_ui_bundle import swagger_ui_path
+from starlette.responses import RedirectResponse, Response
 
 from app import __version__
 from app.api import health, models
@@ -23,8 +21,6 @@ from app.errors import ServiceError
 from app.inference.loaded_model import select_device
 from app.observability.metrics import Metrics
 from app.settings import Settings
-
-_ASSETS = "/docs/assets"
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -49,12 +45,11 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.catalog = catalog
             yield
 
-    app = FastAPI(
+    app = FastAPIOffline(  # the documentation's scripts come from this machine, not from somebody else's
         title="Hourglass",
         version=__version__,
         description="Autoencoders as a service: latents, reconstructions, denoising, calibrated verdicts, samples.",
         lifespan=lifespan,
-        docs_url=None,  # served below, from this machine instead of somebody else's
         redoc_url=None,
     )
 
@@ -75,21 +70,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_middleware(Envelope, metrics=metrics)
-    app.mount(_ASSETS, StaticFiles(directory=swagger_ui_path), name="docs assets")
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return get_swagger_ui_html(
-            openapi_url="/openapi.json",
-            title="Hourglass",
-            swagger_js_url=f"{_ASSETS}/swagger-ui-bundle.js",
-            swagger_css_url=f"{_ASSETS}/swagger-ui.css",
-            swagger_favicon_url=f"{_ASSETS}/favicon-32x32.png",
-        )
 
     return app
 

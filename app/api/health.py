@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
@@ -42,16 +45,29 @@ class Startup(BaseModel):
     loading: list[str] = Field(description="Artifacts that are not loaded yet, name:version.")
 
 
-@router.api_route("/livez", methods=["GET", "HEAD"], response_model=Live, summary="Alive")
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Awaitable[Response]])
+
+
+def _probe(path: str, *, answers: type[BaseModel], summary: str, **more: Any) -> Callable[[Endpoint], Endpoint]:
+    """Declares a GET that also answers HEAD, which the document leaves out."""
+
+    def decorate(endpoint: Endpoint) -> Endpoint:
+        router.add_api_route(path, endpoint, methods=["GET"], response_model=answers, summary=summary, **more)
+        router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+        return endpoint
+
+    return decorate
+
+
+@_probe("/livez", answers=Live, summary="Alive")
 async def livez() -> Response:
     """200 while the process answers at all; says nothing about models."""
     return json_response({"live": True})
 
 
-@router.api_route(
+@_probe(
     "/readyz",
-    methods=["GET", "HEAD"],
-    response_model=Ready,
+    answers=Ready,
     summary="Ready",
     responses={503: {"model": NotReadyProblem, "description": "`not_ready`"}},
 )
@@ -66,7 +82,7 @@ async def readyz(request: Request) -> Response:
     return Response(body, status_code=503, media_type="application/json", headers={"Retry-After": "1"})
 
 
-@router.api_route("/startupz", methods=["GET", "HEAD"], response_model=Startup, summary="Loading progress")
+@_probe("/startupz", answers=Startup, summary="Loading progress")
 async def startupz(request: Request) -> Response:
     """How many artifacts of the store are loaded, refused and still to come."""
     versions = [version for versions in catalog_of(request).models.values() for version in versions]

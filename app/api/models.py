@@ -68,9 +68,12 @@ async def list_models(request: Request) -> Response:
     response_model=ModelEntry,
     summary="One model",
     responses=problem_responses([errors.ModelNotFound]),
+    # Declared by hand: FastAPI would document a 422 of its own form, which no string can cause.
+    openapi_extra={"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]},
 )
-async def show_model(request: Request, name: str) -> Response:
+async def show_model(request: Request) -> Response:
     """One model of the store."""
+    name: str = request.path_params["name"]
     models = catalog_of(request).models
     if name not in models:
         raise errors.ModelNotFound(f"model: expected one of {', '.join(sorted(models)) or 'none'}; found {name!r}")
@@ -95,7 +98,7 @@ def _entry(request: Request, name: str, versions: list[ModelVersion]) -> dict[st
         "default_version": manifest.version,
         "description": manifest.description,
         "capabilities": sorted(manifest.capabilities),
-        "unsupported": manifest.unsupported,
+        "unsupported": {str(capability): reason for capability, reason in manifest.unsupported.items()},
         "default_for": manifest.default_for,
         "input": {
             "shape": manifest.input.shape,
