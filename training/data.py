@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import ExifTags
 from torch import Tensor
 
 from app.artifacts.manifest import InputSpec, PictureSpec
@@ -212,11 +213,12 @@ def _usual_size(paths: list[Path], skipped: dict[Path, str]) -> tuple[int, int]:
     for path in paths:
         try:
             picture = open_picture(path.read_bytes())
-        except (ServiceError, OSError) as error:
+            width, height = picture.size
+            lies_on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        except Exception as error:  # noqa: BLE001  # Pillow's plugins raise whatever a damaged file leads them to
             skipped[path] = str(error)
             continue
-        width, height = picture.size
-        if picture.getexif().get(0x0112, 1) >= 5:  # EXIF orientation: lies on its side
+        if lies_on_its_side:
             width, height = height, width
         sizes[height, width] += 1
     if not sizes:
