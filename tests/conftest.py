@@ -1,10 +1,19 @@
-"""What tests of both packages share: real, tiny artifacts, trained by the real training code once per run."""
+"""What all tests share: a real server on a loopback socket, and real, tiny artifacts, trained once per run."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
+import uvicorn
+
+from app.main import create_app
+from app.settings import Settings
 
 TINY_SETTINGS = ("hidden_sizes=[16]", "latent_dim=4", "epochs=1", "ema_decay=0")
 
@@ -36,3 +45,32 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             progress=Silent(),
         )
     return store
+
+
+@contextmanager
+def run_server(settings: Settings) -> Iterator[str]:
+    """A real server in a thread; yields its base URL once every artifact of its store is loaded or refused."""
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none")
+    )
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.005)
+        base_url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with httpx.Client(base_url=base_url) as client:
+            while not client.get("/startupz").json()["done"]:
+                time.sleep(0.01)
+        yield base_url
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[[Settings], AbstractContextManager[str]]:
+    """A context manager that runs a real server for some settings and gives its base URL."""
+    return run_server

@@ -1,13 +1,11 @@
-"""Real, tiny artifacts made without `training`, and a real server on a loopback socket."""
+"""Real, tiny artifacts made without `training`, and a real server over them."""
 
 from __future__ import annotations
 
 import io
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
 
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import (
@@ -31,7 +28,6 @@ from app.artifacts.manifest import (
     TrainingProvenance,
 )
 from app.artifacts.store import ArtifactRef, write_artifact
-from app.main import create_app
 from app.settings import Settings
 
 SHAPE, LATENT_DIM = (1, 8, 8), 4
@@ -158,39 +154,10 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     return stream.getvalue()
 
 
-@contextmanager
-def run_server(settings: Settings) -> Iterator[str]:
-    """A real server in a thread; yields its base URL once every artifact of its store is loaded or refused."""
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none")
-    )
-    thread = threading.Thread(target=server.run, name="server")
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.005)
-        base_url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        with httpx.Client(base_url=base_url) as client:
-            while not client.get("/startupz").json()["done"]:
-                time.sleep(0.01)
-        yield base_url
-    finally:
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive(), "the server did not stop"
-
-
 @pytest.fixture(scope="session")
 def write_artifact_named() -> Callable[..., ArtifactRef]:
     """`write_tiny(store, name, seed=…, without=…, **manifest fields)`."""
     return write_tiny
-
-
-@pytest.fixture(scope="session")
-def serve() -> Callable[[Settings], AbstractContextManager[str]]:
-    """Runs a real server: `with serve(Settings(...)) as base_url`."""
-    return run_server
 
 
 @pytest.fixture(scope="session")
@@ -210,9 +177,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_url(store: Path) -> Iterator[str]:
+def base_url(store: Path, serve: Callable[[Settings], AbstractContextManager[str]]) -> Iterator[str]:
     """Base URL of a real server over `store`."""
-    with run_server(Settings(models_store=store, log_format="json", max_body_bytes=1_000_000)) as url:
+    with serve(Settings(models_store=store, log_format="json", max_body_bytes=1_000_000)) as url:
         yield url
 
 
