@@ -15,7 +15,7 @@ import uvicorn
 from app.main import create_app
 from app.settings import Settings
 
-TINY_SETTINGS = ("hidden_sizes=[16]", "latent_dim=4", "epochs=1", "ema_decay=0")
+TINY_SETTINGS = ("latent_dim=4", "epochs=1", "ema_decay=0")
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +33,13 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training.run import make_artifact
 
     store = tmp_path_factory.mktemp("tiny_store")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that threads would only wait for each other
     digits = load_dataset("digits", Path("unused"))
-    for name, preset in (("tiny-variational", "vae"), ("tiny-denoising", "denoising")):
+    tiny = (("tiny-variational", "vae", "hidden_sizes=[16]"), ("tiny-denoising", "denoising", "channels=[8]"))
+    for name, preset, width in tiny:
         make_artifact(
-            override(get_preset(preset), TINY_SETTINGS),
+            override(get_preset(preset), [*TINY_SETTINGS, width]),
             digits,
             name=name,
             store=store,
@@ -44,6 +47,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             device=torch.device("cpu"),
             progress=Silent(),
         )
+    torch.set_num_threads(threads)
     return store
 
 

@@ -112,18 +112,17 @@ def models_command(
     data_root: DataRootOption = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="One of them; may be given again.")] = None,
     device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
 ) -> None:
     """Train every artifact that the project ships, each as its name's next version: about 25 minutes on two cores."""
     with _one_line_errors():
         names = [model.name for model in SHIPPED_MODELS]
         if unknown := [name for name in only or [] if name not in names]:
             raise TrainingError(f"only: expected one of {', '.join(names)}; found {unknown[0]!r}")
-        _use_threads(threads)
         chosen = choose_device(device)
         for model in SHIPPED_MODELS:
             if only and model.name not in only:
                 continue
+            _use_threads(model.threads)
             dataset = _load(model.data, data_root, None, None)
             _make(get_preset(model.preset), dataset, model.name, store, model.seed, chosen, model.default_for)
 

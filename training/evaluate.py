@@ -22,10 +22,10 @@ NOISE_SEED = 0
 """Of all noise in evaluation, whatever the training's seed: figures of two artifacts see the same noise."""
 
 NOISES = {
-    "sigma_0.1": "Gaussian noise, sigma 0.1",
-    "sigma_0.25": "Gaussian noise, sigma 0.25",
-    "sigma_0.5": "Gaussian noise, sigma 0.5",
-    "salt_pepper_0.3": "30 % of the values set to 0 or 1",
+    "sigma_0.1": "Gaussian noise of sigma 0.1",
+    "sigma_0.25": "Gaussian noise of sigma 0.25",
+    "sigma_0.5": "Gaussian noise of sigma 0.5",
+    "salt_pepper_0.3": "salt and pepper on 30 % of the values",
 }
 TARGET_FPRS = (0.01, 0.05)
 EXACT_PCA_FEATURES = 2048
@@ -166,7 +166,7 @@ def unsupported(capabilities: Sequence[Capability], metrics: dict[str, Metric]) 
     reasons = {}
     if Capability.DENOISE not in capabilities:
         figures = [
-            f"from {metric.baselines['noisy_input']:.1f} to {metric.value:.1f} dB at {words}"
+            f"from {metric.baselines['noisy_input']:.1f} to {metric.value:.1f} dB under {words}"
             for kind, words in NOISES.items()
             if (metric := metrics.get(f"psnr_of_reconstruction_{kind}")) is not None
         ]

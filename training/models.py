@@ -16,6 +16,7 @@ class ShippedModel:
     data: str
     seed: int
     default_for: tuple[Capability, ...] = ()
+    threads: int = 1  # results depend on it, and every machine has one
 
 
 SHIPPED_MODELS = (

@@ -60,7 +60,7 @@ _ALL = (
         expected="test MSE .0048 (PCA .0168)",
         architecture="basic",
         network=BasicConfig(hidden_sizes=(448, 192), latent_dim=32),
-        optimisation=Optimisation(epochs=30, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0),
+        optimisation=Optimisation(epochs=45, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0),
     ),
     Preset(
         name="conv",
@@ -78,8 +78,9 @@ _ALL = (
         source="Vincent et al. 2010, blind: Gaussian, masking, salt and pepper of random strength",
         expected="PSNR at sigma .5 from 9.4 to 19 dB",
         architecture="denoising",
-        network=BasicConfig(hidden_sizes=(448, 192), latent_dim=32),
-        optimisation=Optimisation(epochs=40, weight_decay=1e-3, ema_decay=0.999, clip_norm=1.0),
+        network=ConvolutionalConfig(channels=(32, 64), latent_dim=64),
+        optimisation=Optimisation(epochs=14, weight_decay=1e-3, ema_decay=0.999, clip_norm=1.0, bfloat16=True),
+        max_batch_size=64,
         corruption=Corruption(gaussian_sigma_max=0.8, masked_fraction_max=0.7, salt_pepper_fraction_max=0.5),
     ),
     Preset(
@@ -98,7 +99,7 @@ _ALL = (
         expected="-ELBO 101 nats on grey levels",
         architecture="variational",
         network=VariationalConfig(hidden_sizes=(448, 192), latent_dim=16),
-        optimisation=Optimisation(epochs=35, weight_decay=1e-3, ema_decay=0.999, clip_norm=50.0),
+        optimisation=Optimisation(epochs=45, learning_rate=2e-3, weight_decay=1e-3, ema_decay=0.999, clip_norm=50.0),
     ),
 )
 

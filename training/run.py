@@ -44,6 +44,7 @@ MODEL_FILE = "model.pt"
 SELF_TEST_FILE = "self_test.npz"
 SELF_TEST_ROWS = 5
 EXPORT_CHECK_ROWS = 64
+STANDARDISING_ITEMS = 2000
 
 _PENDING = FileEntry(sha256="0" * 64, bytes=0)  # the store replaces it by the facts
 
@@ -96,6 +97,8 @@ def make_artifact(
         device=device,
         progress=progress,
     )
+    network = network.cpu()
+    network.standardise_latent(to_unit(parts["train"][:STANDARDISING_ITEMS]))
     wall_time_s = time.perf_counter() - start
 
     say("exporting, calibrating, evaluating")

@@ -61,6 +61,10 @@ class Autoencoder(nn.Module):
         del noise
         return mean_squared_error(self.reconstruct(x), target).mean()
 
+    def standardise_latent(self, x: Tensor) -> None:
+        """Called once after training with training items: scales the code where that is possible exactly."""
+        del x
+
     def figures(self, x: Tensor, noise: torch.Generator) -> dict[str, Figure]:
         """Quality figures of this family alone, by name; by default none."""
         del x, noise

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.autoencoders.autoencoder import Autoencoder
-from training.autoencoders.layers import ActivationName, activation, mlp, unflatten
+from training.autoencoders.layers import ActivationName, activation, mlp, standardise_code, unflatten
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class BasicAutoencoder(Autoencoder):
         self.latent_dim = config.latent_dim
         self.item_shape: list[int] = list(item_shape)
         sizes = [math.prod(item_shape), *config.hidden_sizes, config.latent_dim]
+        self.code_is_linear = not config.code_activation
         self.encoder = mlp(sizes, config.activation)
         if config.code_activation:
             self.encoder.append(activation(config.activation))
@@ -45,6 +46,13 @@ class BasicAutoencoder(Autoencoder):
     def encode(self, x: Tensor) -> Tensor:
         """(batch, *item) → (batch, latent_dim)."""
         return self.encoder(x.flatten(1))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def standardise_latent(self, x: Tensor) -> None:
+        """Mean 0 and standard deviation 1 per dimension; a code behind an activation stays as it is."""
+        if self.code_is_linear:
+            last, first = cast("nn.Linear", self.encoder[-1]), cast("nn.Linear", self.decoder[0])
+            standardise_code(last, first, self.encode(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """(batch, latent_dim) → (batch, *item), 0 to 1."""

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from training.autoencoders.autoencoder import Autoencoder
-from training.autoencoders.layers import ConvDecoder, ConvEncoder
+from training.autoencoders.layers import ConvDecoder, ConvEncoder, standardise_code
 from training.errors import TrainingError
 
 
@@ -43,6 +43,11 @@ class ConvolutionalAutoencoder(Autoencoder):
     def encode(self, x: Tensor) -> Tensor:
         """(batch, *item) → (batch, latent_dim)."""
         return self.encoder(x)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def standardise_latent(self, x: Tensor) -> None:
+        """Mean 0 and standard deviation 1 per dimension."""
+        standardise_code(self.encoder.code, self.decoder.code, self.encode(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """(batch, latent_dim) → (batch, *item), 0 to 1."""

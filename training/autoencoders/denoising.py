@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from app.artifacts.manifest import Capability
 from training.autoencoders.autoencoder import Autoencoder
-from training.autoencoders.basic import BasicAutoencoder
+from training.autoencoders.convolutional import ConvolutionalAutoencoder
 
 
-class DenoisingAutoencoder(BasicAutoencoder):
-    """Fully connected, trained against the clean item, so that its reconstruction is the denoised item.
+class DenoisingAutoencoder(ConvolutionalAutoencoder):
+    """Convolutional, trained against the clean item, so that its reconstruction is the denoised item.
 
     Which noise it sees is the preset's `corruption`; kind and strength are not told, hence one network for all.
 

@@ -36,6 +36,25 @@ def conv_sides(side: int, smallest_side: int) -> list[int]:
     return sides
 
 
+@torch.no_grad()
+def standardise_code(last: nn.Linear, first: nn.Linear, latents: Tensor) -> None:
+    """Rescales a linear code to mean 0 and standard deviation 1 per dimension, without changing what it decodes to.
+
+    Latent vectors of one scale make distances fair and keep float32 rounding small.
+
+    Args:
+        last, first: the encoder's last and the decoder's first layer, with nothing between them.
+        latents: what the encoder gives for training items, (items, latent_dim).
+    """
+    mean, std = latents.double().mean(0), latents.double().std(0)
+    std[std < 1e-6] = 1  # a dead unit stays one
+    weight = first.weight.double()
+    first.bias.copy_(first.bias.double() + weight @ mean)
+    first.weight.copy_(weight * std)
+    last.weight.copy_(last.weight.double() / std[:, None])
+    last.bias.copy_((last.bias.double() - mean) / std)
+
+
 class ConvEncoder(nn.Module):
     """Halves a picture until its shorter side is at most `smallest_side`, then maps it to `outputs` numbers.
 
@@ -65,8 +84,8 @@ class ConvDecoder(nn.Module):
         super().__init__()
         stages = conv_stages(shape, channels, smallest_side)[::-1]
         self.first: list[int] = list(stages[0])
-        self.code = nn.Sequential(nn.Linear(latent_dim, math.prod(stages[0])), nn.GELU())
-        layers: list[nn.Module] = []
+        self.code = nn.Linear(latent_dim, math.prod(stages[0]))
+        layers: list[nn.Module] = [nn.GELU()]
         for i, ((fan_in, _, _), (fan_out, height, width)) in enumerate(itertools.pairwise(stages)):
             # Doubles the sides; a side that was odd before it was halved loses the surplus line again.
             layers += [nn.ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1), _Crop(height, width)]
