@@ -8,6 +8,7 @@
 #   BUILDAH_FLAGS       flags for both building and running: --isolation chroot, --volume …
 #   BUILDAH_GLOBAL      flags before the subcommand: --storage-driver vfs
 #   IMAGE               name of the image (hourglass); it stays
+#   BUILD=no            try the image that is there already
 #   PORT                free port on the loopback interface, which the container shares (18000)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,8 +35,10 @@ arguments=()
 for name in BASE_IMAGE TORCH_REQUIREMENT; do
     if [[ -n "${!name:-}" ]]; then arguments+=(--build-arg "$name=${!name}"); fi
 done
-# Docker's format, because OCI's has no health check.
-buildah "${global[@]}" bud "${flags[@]}" --format docker --layers=false "${arguments[@]}" --tag "$IMAGE" .
+if [[ "${BUILD:-yes}" != no ]]; then
+    # Docker's format, because OCI's has no health check.
+    buildah "${global[@]}" bud "${flags[@]}" --format docker --layers=false "${arguments[@]}" --tag "$IMAGE" .
+fi
 
 container="$(buildah "${global[@]}" from --pull-never "$IMAGE")"
 mapfile -t command < <(buildah "${global[@]}" inspect --format '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}' "$container" | sed '/^$/d')
