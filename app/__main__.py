@@ -9,6 +9,7 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
+from app.api.connections import HttpConnection
 from app.main import create_app
 from app.observability.logs import configure_logging
 from app.settings import Settings
@@ -53,11 +54,13 @@ def serve(
             typer.echo(f"HOURGLASS_{name}: {problem['msg']}, found {problem['input']!r}", err=True)
         raise typer.Exit(2) from error
     except ValueError as error:
-        typer.echo(f"HOURGLASS_{str(error)[:1].upper()}{str(error)[1:]}", err=True)
+        name, _, message = str(error).partition(":")
+        typer.echo(f"HOURGLASS_{name.upper()}:{message}", err=True)
         raise typer.Exit(2) from error
     logger.info("Hourglass on http://%s:%d, models from %s", settings.host, settings.port, settings.models_store)
     uvicorn.run(
         app,
+        http=HttpConnection,
         host=settings.host,
         port=settings.port,
         log_config=log_config,

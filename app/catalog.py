@@ -104,6 +104,7 @@ class Catalog:
         self._versions: dict[str, list[ModelVersion]] = {}
         self._loading: asyncio.Task[None] | None = None
         self._listed = False
+        self._unreadable: str | None = None
 
     def __repr__(self) -> str:
         return f"<Catalog of {self.store} on {self.device}: {len(self._versions)} models, {self.batcher!r}>"
@@ -155,7 +156,7 @@ class Catalog:
         if loading := [str(version.ref) for version in versions if version.state is State.LOADING]:
             reasons.append(f"loading {', '.join(loading)}")
         elif not any(version.served for version in versions):
-            reasons.append(f"no model in {self.store} can be served")
+            reasons.append(self._nothing_served())
         return reasons
 
     def find(self, wanted: str | None, capability: Capability) -> ServedModel:
@@ -204,7 +205,7 @@ class Catalog:
         if not self._listed or any(v.state is State.LOADING for versions in self._versions.values() for v in versions):
             raise NotReady("models are still loading")
         if not self._served():
-            raise NoModels(f"models store {self.store}: no model in it can be served", retry_after_s=5)
+            raise NoModels(self._nothing_served(), retry_after_s=5)
         raise CapabilityNotSupported(f"no model here supports {capability}")
 
     def _named(self, wanted: str) -> ServedModel:
@@ -223,13 +224,26 @@ class Catalog:
         if not number.isascii() or not number.isdigit():
             raise InvalidParameter(f"model: expected name or name:version with a number, found {wanted!r}")
         for version in versions:
-            if version.ref.version == int(number):
+            if str(version.ref.version) == number.lstrip("0"):
                 if version.served is None:
                     raise self._unavailable(version)
                 return version.served
         raise ModelNotFound(
             f"model: {name} has the versions {', '.join(str(v.ref.version) for v in versions)}; found {number}"
         )
+
+    def _nothing_served(self) -> str:
+        if self._unreadable:
+            return self._unreadable
+        if not self.store.is_dir():
+            return f"models store {self.store}: no such folder"
+        refused = [
+            f"{version.ref} was refused: {version.reason}"
+            for versions in self._versions.values()
+            for version in versions
+            if version.state is State.REFUSED
+        ]
+        return f"models store {self.store}: no model in it can be served" + "".join(f"; {reason}" for reason in refused)
 
     def _unavailable(self, version: ModelVersion) -> Exception:
         if version.state is State.LOADING:
@@ -246,7 +260,12 @@ class Catalog:
 
     async def _load_all(self) -> None:
         loop = asyncio.get_running_loop()
-        refs = await loop.run_in_executor(self._worker, lambda: list(list_artifacts(self.store)))
+        try:
+            refs = await loop.run_in_executor(self._worker, lambda: list(list_artifacts(self.store)))
+        except OSError as error:
+            self._unreadable = f"models store {self.store}: cannot be read: {error.strerror}"
+            logger.error("not ready: %s", self._unreadable)  # noqa: TRY400  the reason says it; no traceback
+            refs = []
         for ref in refs:
             self._versions.setdefault(ref.name, []).append(ModelVersion(ref))
         self._listed = True
@@ -256,7 +275,7 @@ class Catalog:
         if served:
             logger.info("ready: %d of %d artifacts served on %s", served, len(refs), self.device)
         else:
-            logger.error("not ready: no artifact in %s can be served", self.store)
+            logger.error("not ready: %s", "; ".join(self.reasons_not_ready()))
 
     async def _load(self, version: ModelVersion) -> None:
         started = time.perf_counter()

@@ -36,6 +36,7 @@ STATUS: dict[type[errors.ServiceError], tuple[int, str]] = {
     errors.DeadlineExceeded: (504, "deadline_exceeded"),
 }
 INTERNAL = (500, "internal")
+_MAX_MESSAGE = 2000
 
 _HTTP_ERRORS: dict[int, tuple[type[errors.ServiceError], str]] = {
     404: (errors.NotFound, "path: nothing is at {path}"),
@@ -52,7 +53,9 @@ class Problem(BaseModel):
 
 
 def problem_body(message: str, code: str, request_id: str, **more: object) -> bytes:
-    """The JSON of an error answer."""
+    """The JSON of an error answer; a message that repeats too much of the request is cut."""
+    if len(message) > _MAX_MESSAGE:
+        message = message[:_MAX_MESSAGE] + " …"
     return orjson.dumps({"error": message, "code": code, "request_id": request_id, **more})
 
 

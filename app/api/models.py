@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
@@ -88,6 +89,8 @@ def _entry(request: Request, name: str, versions: list[ModelVersion]) -> dict[st
             {"version": version.ref.version, "state": version.state, "reason": version.reason} for version in versions
         ],
         "capabilities": [],
+        "input": None,
+        "metrics": None,
     }
     served = catalog_of(request).default_version(name)
     if served is None:
@@ -109,5 +112,6 @@ def _entry(request: Request, name: str, versions: list[ModelVersion]) -> dict[st
         "max_batch_size": manifest.max_batch_size,
         "calibration": calibration and calibration.model_dump(exclude={"file"}),
         "metrics": {key: metric.model_dump() for key, metric in manifest.metrics.items()},
-        "training": manifest.training.model_dump(),
+        # As the manifest has it: a configuration may hold integers beyond what orjson writes.
+        "training": orjson.Fragment(manifest.training.model_dump_json()),
     }

@@ -7,12 +7,14 @@ the endpoint, encode the answer as the caller accepts it.
 from __future__ import annotations
 
 import base64
+import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
+import anyio
 import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter
@@ -40,10 +42,14 @@ from app.codecs.items import Items, Limits, bring_to_input, read_items
 from app.codecs.npy import encode_npy
 
 JSON, PNG, NPY = "application/json", "image/png", "application/x-npy"
+HTML = "text/html"  # what a browser asks for; it gets JSON, pictures too being among what it accepts
 
 # Below these, decoding costs less than handing it to another thread.
 _INLINE_BYTES = 128 * 1024
 _INLINE_PIXELS = 256 * 256
+# A large picture takes a core and hundreds of megabytes while it is decoded: no more of them at once than there are
+# cores, and never as many as threads could be had.
+_DECODERS = anyio.CapacityLimiter(min(os.cpu_count() or 1, 8))
 
 COMMON_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.InvalidInput,
@@ -150,10 +156,12 @@ class InferenceRouter(APIRouter):
             if len(body.data) <= _INLINE_BYTES:
                 found = read_items(body, spec, limits)
             else:
-                found = await anyio.to_thread.run_sync(read_items, body, spec, limits)
+                found = await anyio.to_thread.run_sync(read_items, body, spec, limits, limiter=_DECODERS)
             if found.pixels <= _INLINE_PIXELS:
                 return bring_to_input(found, spec, invert=query_invert(query))
-            return await anyio.to_thread.run_sync(lambda: bring_to_input(found, spec, invert=query_invert(query)))
+            return await anyio.to_thread.run_sync(
+                lambda: bring_to_input(found, spec, invert=query_invert(query)), limiter=_DECODERS
+            )
 
         return self._declare(
             path,
@@ -209,8 +217,8 @@ class InferenceRouter(APIRouter):
         def decorate(endpoint: Callable[[Any, Model, QueryT], Awaitable[Results]]) -> Callable[..., Awaitable[Results]]:
             async def handle(request: Request) -> Response:
                 parameters = parse_query(query, request.scope["query_string"])
-                media_type = preferred_media_type(request.headers.get("accept", ""), (JSON, PNG, NPY))
-                if media_type is None and "text/html" not in request.headers["accept"]:
+                media_type = preferred_media_type(request.headers.get("accept", ""), (JSON, HTML, PNG, NPY))
+                if media_type is None:
                     raise errors.NotAcceptable(
                         f"accept: expected {JSON}, {PNG} or {NPY}, found {request.headers['accept']!r}"
                     )
@@ -222,9 +230,7 @@ class InferenceRouter(APIRouter):
                 results = await endpoint(given, model, parameters)
                 ids = given.ids if isinstance(given, Items) else None
                 ran = time.perf_counter()
-                response = encode_results(
-                    results, model, media_type or JSON, as_png=parameters.images == "png", ids=ids
-                )
+                response = encode_results(results, model, media_type, as_png=parameters.images == "png", ids=ids)
                 response.headers["X-Model"] = str(model)
                 response.headers["Server-Timing"] = (
                     f"decode;dur={(decoded - started) * 1e3:.3f}, queue;dur={model.queued_s * 1e3:.3f}, "

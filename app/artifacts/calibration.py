@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Self
 
 import numpy as np
@@ -66,8 +65,11 @@ class Calibration:
         Raises RateTooFine below `finest_target_fpr`.
         """
         n = len(self.scores)
-        # On the counts, in decimal: .29 · 100 is 29, though 28.999… in binary floating point.
-        allowed = int(Decimal(repr(float(target_fpr))) * (n + 1))
+        # On the counts: the largest k with k / (n + 1) ≤ target_fpr. Compared as p-values are, since .29 · 100 is
+        # 28.999… in binary floating point, and 3 / 7 · 7 may be 2.999…
+        allowed = int(target_fpr * (n + 1))
+        if (allowed + 1) / (n + 1) <= target_fpr:
+            allowed += 1
         if allowed < 1:
             raise RateTooFine(f"target_fpr: {target_fpr} is finer than 1/{n + 1}, what {n} normal scores support")
         at_least = n - np.searchsorted(self.scores, scores.astype(np.float32), side="left")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from app.artifacts.manifest import InputSpec, PictureSpec
 from app.errors import ImageNotDecodable, PayloadTooLarge
@@ -15,7 +16,18 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 DEFAULT_MAX_PIXELS = 40_000_000
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is `max_pixels` below, enforced before a pixel is decoded
+# Pillow remarks on damaged metadata of whatever anybody uploads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _RESAMPLE = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
@@ -63,8 +75,7 @@ def picture_to_input(image: Image.Image, spec: InputSpec, *, invert: bool | None
     channels, height, width = spec.shape
     try:
         image.seek(0)
-        image = ImageOps.exif_transpose(image)
-        image = _to_eight_bits(image)
+        image = _to_eight_bits(_upright(image))
         image = image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's plugins raise whatever hostile bytes lead them to
         raise ImageNotDecodable(f"picture: damaged {image.format or 'file'}: {error}") from error
@@ -84,18 +95,29 @@ def pixels_to_range(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.fl
     return unit if (low, high) == (0.0, 1.0) else np.float32(low) + unit * np.float32(high - low)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; as it is where that cannot be read."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  damaged metadata, of which Pillow raises anything, is no damage to the pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """The picture with 8 bits a channel and no transparency: mode L, RGB, or one that `convert` reads faithfully."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion clips instead of scaling.
-        values = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.clip(np.asarray(image), 0, 65535)).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "LAB":
+        return image.convert("RGB")  # Pillow has no direct way to grey
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        values = np.asarray(rgba)
-        weight = values[..., 3].astype(np.float64)
-        grey = np.asarray(rgba.convert("L")).astype(np.float64)
-        visible = (grey * weight).sum() / weight.sum() if weight.any() else 0.0
+        weight = np.asarray(rgba.getchannel("A"))
+        grey = np.asarray(rgba.convert("L"))
+        # 255 · 255 fits: a large picture would not fit as often in anything wider.
+        visible = np.multiply(grey, weight, dtype=np.uint16).sum() / weight.sum() if weight.any() else 0.0
         background = (0, 0, 0, 255) if visible > 127 else (255, 255, 255, 255)
         return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
     return image

@@ -57,8 +57,8 @@ class Artifact:
         try:
             scores = np.load(io.BytesIO(self.files[entry.file]), allow_pickle=False)
             calibration = Calibration.from_scores(scores)
-        except (ValueError, OSError, EOFError) as error:
-            raise ArtifactRefused(f"{entry.file}: {error}") from error
+        except Exception as error:  # numpy's reader raises whatever the damage leads to
+            raise ArtifactRefused(f"{entry.file}: not readable as scores: {error}") from error
         if len(calibration.scores) != entry.count or calibration.id != entry.id:
             raise ArtifactRefused(
                 f"{entry.file}: expected {entry.count} scores with id {entry.id}, "
@@ -83,7 +83,7 @@ def list_artifacts(store: Path) -> Iterator[ArtifactRef]:
     for folder in sorted(store.iterdir()):
         if not folder.is_dir() or not re.fullmatch(NAME_PATTERN, folder.name):
             continue
-        versions = [v for v in folder.iterdir() if v.is_dir() and re.fullmatch(r"[1-9][0-9]{0,8}", v.name)]
+        versions = [v for v in folder.iterdir() if v.is_dir() and _is_version(v.name)]
         for version in sorted(versions, key=lambda v: int(v.name)):
             yield ArtifactRef(folder.name, int(version.name), version)
 
@@ -136,8 +136,14 @@ def write_artifact(store: Path, manifest: Manifest, files: Mapping[str, bytes]) 
 
 
 def next_version(store: Path, name: str) -> int:
-    """The version that the next artifact of this name gets."""
-    return max((ref.version for ref in list_artifacts(store) if ref.name == name), default=0) + 1
+    """The version that the next artifact of this name gets: above whatever stands there, be it an artifact or not."""
+    folder = store / name
+    taken = [int(path.name) for path in folder.iterdir() if _is_version(path.name)] if folder.is_dir() else []
+    return max(taken, default=0) + 1
+
+
+def _is_version(text: str) -> bool:
+    return re.fullmatch(r"[1-9][0-9]{0,8}", text) is not None
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -64,7 +64,8 @@ async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Resu
             "score": scores,
             "p_value": verdicts.p_value,
             "is_anomaly": verdicts.is_anomaly,
-            "threshold": [verdicts.threshold] * count,
+            # As wide as the scores: written in decimal, both still compare as they did.
+            "threshold": [np.float32(verdicts.threshold)] * count,
             "target_fpr": [target_fpr] * count,
             "calibration_id": [entry.id] * count,
             "extrapolated": [False] * count,

@@ -28,7 +28,8 @@ class Reconstructed(BaseModel):
 async def reconstruct(items: Items, model: Model, query: ItemsQuery) -> Results:
     """Encode each item and decode it again."""
     (reconstruction,) = await model.run(Capability.RECONSTRUCT, items.values)  # (n, *shape)
-    squared = np.square(items.values - reconstruction).reshape(len(items), -1)
+    # In float64, where no square of a float32 overflows.
+    squared = np.square(np.subtract(items.values, reconstruction, dtype=np.float64)).reshape(len(items), -1)
     return Results(
         {"reconstruction": reconstruction, "reconstruction_error": squared.mean(axis=1)},
         main=reconstruction,

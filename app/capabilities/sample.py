@@ -30,6 +30,7 @@ class SampleRequest(BaseModel):
     temperature: float = Field(
         1.0, ge=0, le=1e6, allow_inf_nan=False, description="Scales the noise: 0 is the mode, 1 the learnt spread."
     )
+    label: None = Field(None, description="Class to draw from; null, since no model takes one yet.")
 
 
 class Sampled(BaseModel):

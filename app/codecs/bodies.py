@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from dataclasses import dataclass
 from email.message import Message
@@ -31,7 +32,7 @@ class Body:
         `curl -d` says form-urlencoded of whatever it sends; a form is never what these routes take.
         """
         if self.media_type == "application/x-www-form-urlencoded":
-            return self.data.lstrip()[:1] in (b"{", b"[")
+            return self.data.lstrip()[:1] in (b"{", b"[", b"")
         return self.media_type in _JSON_TYPES or self.media_type.endswith("+json")
 
 
@@ -66,7 +67,7 @@ def parse_json(data: bytes) -> Any:
     """The JSON value in `data`.
 
     NaN, Infinity and numbers too large for a float are read, to be refused as numbers where they stand.
-    Raises MalformedPayload for what is no JSON and InvalidInput for what is nested too deeply.
+    Raises MalformedPayload for what is no JSON in UTF-8 and InvalidInput for what is nested too deeply.
     """
     if not data.strip():
         raise MalformedPayload("body: expected JSON, found an empty body")
@@ -75,11 +76,20 @@ def parse_json(data: bytes) -> Any:
     except orjson.JSONDecodeError as error:
         # The standard library reads what orjson, rightly, does not: the bare words NaN and Infinity, and 1e400.
         try:
-            return json.loads(data)
+            value = json.loads(data.decode("utf-8-sig"), parse_int=_parse_int)
+            if b"\\u" in data:
+                # It also reads half of a surrogate pair, which no answer could repeat.
+                json.dumps(value, ensure_ascii=False).encode()
         except RecursionError as deep:
             raise InvalidInput("body: JSON nested more deeply than any item is") from deep
         except ValueError:
             raise MalformedPayload(f"body: not JSON: {error}") from error
+        return value
+
+
+def _parse_int(digits: str) -> int | float:
+    # Python refuses to convert thousands of digits; as a number it is too large for any float.
+    return int(digits) if len(digits) < 400 else math.inf
 
 
 def _inflate(data: bytes, name: str, max_bytes: int) -> bytes:

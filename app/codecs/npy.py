@@ -45,7 +45,10 @@ def decode_npy(data: bytes) -> NDArray[Any]:
             f"npy: the header's {shape} of {dtype} needs {count * dtype.itemsize} bytes, found {len(data) - start}"
         )
     flat = np.frombuffer(data, dtype=dtype, count=count, offset=start)
-    return flat.reshape(shape, order="F" if fortran_order else "C")
+    try:
+        return flat.reshape(shape, order="F" if fortran_order else "C")
+    except (TypeError, ValueError) as error:  # more axes than numpy has, or (0, 10**30)
+        raise MalformedPayload(f"npy: no array has the header's shape: {error}") from error
 
 
 def encode_npy(array: NDArray[Any]) -> bytes:

@@ -120,8 +120,8 @@ class LoadedModel:
         tolerance = self.manifest.self_test
         worst: dict[Capability, float] = {}
         for capability, method in self.manifest.capabilities.items():
-            arguments = _vectors(vectors, method.inputs, f"{capability}/in/")
-            expected = _vectors(vectors, method.outputs, f"{capability}/out/")
+            arguments = _vectors(vectors, method.inputs, f"{capability}/in/", tolerance.file)
+            expected = _vectors(vectors, method.outputs, f"{capability}/out/", tolerance.file)
             batch_sizes = {len(array) for array in (*arguments, *expected)}
             if len(batch_sizes) != 1 or 0 in batch_sizes:
                 raise ArtifactRefused(f"{tolerance.file}: {capability}: vectors of unequal or no rows")
@@ -173,14 +173,17 @@ def _check_shapes(method: Method, outputs: Sequence[NDArray[np.float32]], batch_
 
 
 def _vectors(
-    vectors: dict[str, NDArray[np.float32]], specs: Sequence[TensorSpec], prefix: str
+    vectors: dict[str, NDArray[np.float32]], specs: Sequence[TensorSpec], prefix: str, file: str
 ) -> list[NDArray[np.float32]]:
     found = []
     for spec in specs:
         key = f"{prefix}{spec.name}"
         if key not in vectors:
-            raise ArtifactRefused(f"self-test: vectors {key} are missing")
-        found.append(vectors[key])
+            raise ArtifactRefused(f"{file}: vectors {key} are missing")
+        array = vectors[key]
+        if array.ndim != len(spec.shape) + 1 or array.shape[1:] != spec.shape:
+            raise ArtifactRefused(f"{file}: {key}: expected {('n', *spec.shape)}, found {array.shape}")
+        found.append(array)
     return found
 
 

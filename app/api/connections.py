@@ -1,0 +1,67 @@
+"""HTTP connections below any request: what is no HTTP, or has no end, is answered and cut off. Knows uvicorn alone."""
+
+from __future__ import annotations
+
+import os
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.api.errors import problem_body
+
+MAX_HEAD_BYTES = 64 * 1024
+MAX_PIPELINED = 1000
+
+
+class HttpConnection(HttpToolsProtocol):
+    """One connection, with bounds that uvicorn leaves open: on the bytes of request lines, headers, trailers and chunk
+    headers, and on requests sent ahead of their answers.
+
+    What is no HTTP gets the service's own error answer.
+    """
+
+    _head_bytes = 0
+    """Received since a request began, or since the parser last gave a part of its body."""
+
+    def data_received(self, data: bytes) -> None:
+        """Parses what arrived, unless a head grows beyond `MAX_HEAD_BYTES`."""
+        if self.transport.is_closing():
+            return
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response(f"headers: expected at most {MAX_HEAD_BYTES} bytes, found more")
+        elif len(self.pipeline) > MAX_PIPELINED:
+            self.send_400_response(f"connection: expected at most {MAX_PIPELINED} requests sent ahead, found more")
+
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self._head_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what never became a request, and closes the connection."""
+        request_id = os.urandom(16).hex()
+        body = problem_body(msg, "invalid_input", request_id)
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
