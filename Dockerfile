@@ -9,7 +9,8 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS builder
 
-# What pip is asked for as torch; the CUDA build that PyPI serves for Linux runs on the CPU too.
+# What pip is asked for as torch; the CUDA build that PyPI serves for Linux runs on the CPU too. It must not be older
+# than the torch that exported the models, or they are refused.
 ARG TORCH_REQUIREMENT="torch==2.14.1"
 
 WORKDIR /build
