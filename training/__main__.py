@@ -22,7 +22,6 @@ from training.models import SHIPPED_MODELS
 from training.presets import PRESETS, Preset, get_preset, override
 from training.progress import Bar, Lines
 from training.run import choose_device, evaluate_artifact, make_artifact, open_artifact, verify_artifact
-from training.splits import split_dataset
 
 DATA_HELP = f"digits (offline), {', '.join(TORCHVISION_SETS)} (through torchvision), or a folder of pictures."
 SHOWN_SKIPPED_FILES = 10
@@ -131,7 +130,8 @@ def models_command(
 def list_command() -> None:
     """Show every preset: what it is for, what its artifacts can do, where it comes from, what to expect of it."""
     table = Table(title="Presets", caption="Figures: MNIST test pictures, the preset's own settings.")
-    for heading in ("preset", "for", "capabilities", "source", "expected"):
+    table.add_column("preset", no_wrap=True)
+    for heading in ("for", "capabilities", "source", "expected"):
         table.add_column(heading, overflow="fold")
     for preset in PRESETS.values():
         capabilities = ", ".join(AUTOENCODERS[preset.architecture].capabilities)
@@ -205,12 +205,11 @@ def _make(
             say=say,
         )
 
-    epochs = preset.optimisation.epochs
     if console.is_terminal:
-        with Bar(console, epochs, len(split_dataset(dataset, seed).train)) as bar:
+        with Bar(console) as bar:
             ref = make(bar)
     else:
-        ref = make(Lines(console, epochs))
+        ref = make(Lines(console))
     manifest = read_artifact(ref).manifest
     _show_metrics(f"{ref}, {manifest.training.wall_time_s:.0f} s of training", manifest.metrics)
     return ref
@@ -265,7 +264,7 @@ def _show_next_steps(ref: ArtifactRef, store: Path) -> None:
     lines = [
         f"Written to {ref.path}, verified. Serve it (a running service finds it after a restart):",
         f"  HOURGLASS_MODELS_STORE={store} python -m app serve",
-        f"  curl -F image=@picture.png 'http://127.0.0.1:8000/reconstruct?model={ref.name}'",
+        f"  curl -F image=@examples/digit-7.png 'http://127.0.0.1:8000/reconstruct?model={ref.name}'",
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

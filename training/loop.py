@@ -55,6 +55,9 @@ class Epoch:
 class Progress(Protocol):
     """Who shows how far the training is."""
 
+    def begin(self, images: int, epochs: int) -> None:
+        """The training begins: so many images in each of so many epochs."""
+
     def step(self, images: int, loss: float | None) -> None:
         """So many more images were seen; the loss where it is known."""
 
@@ -97,6 +100,7 @@ def train(
     bfloat16 = optimisation.bfloat16 and computes_in_bfloat16(device)
     epochs: list[Epoch] = []
     step = 0
+    progress.begin(len(images), optimisation.epochs)
 
     with deterministic(device):
         for number in range(1, optimisation.epochs + 1):

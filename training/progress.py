@@ -16,6 +16,9 @@ REFRESHES_PER_S = 4  # a bar drawn at every step costs real time
 class Silent:
     """Shows nothing."""
 
+    def begin(self, images: int, epochs: int) -> None:
+        """Nothing."""
+
     def step(self, images: int, loss: float | None) -> None:
         """Nothing."""
 
@@ -26,8 +29,13 @@ class Silent:
 class Lines:
     """One plain line per epoch, for logs."""
 
-    def __init__(self, console: Console, epochs: int) -> None:
-        self._console, self._epochs = console, epochs
+    def __init__(self, console: Console) -> None:
+        self._console, self._epochs = console, 0
+
+    def begin(self, images: int, epochs: int) -> None:
+        """Remembers how many epochs there will be."""
+        del images
+        self._epochs = epochs
 
     def step(self, images: int, loss: float | None) -> None:
         """Nothing: only epochs get a line."""
@@ -40,8 +48,8 @@ class Lines:
 class Bar:
     """A progress bar with loss, validation error, speed and time left. A context manager: it owns the live display."""
 
-    def __init__(self, console: Console, epochs: int, images: int) -> None:
-        self._epochs = epochs
+    def __init__(self, console: Console) -> None:
+        self._epochs = 0
         self._seen = 0
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -53,9 +61,7 @@ class Bar:
             console=console,
             refresh_per_second=REFRESHES_PER_S,
         )
-        self._task: TaskID = self._progress.add_task(
-            "", total=epochs * images, epoch=f"1/{epochs}", loss="–", validation="–", speed=""
-        )
+        self._task: TaskID = self._progress.add_task("", total=None, epoch="–", loss="–", validation="–", speed="")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -65,6 +71,11 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    def begin(self, images: int, epochs: int) -> None:
+        """Draws the empty bar."""
+        self._epochs = epochs
+        self._progress.update(self._task, total=epochs * images, epoch=f"1/{epochs}")
 
     def step(self, images: int, loss: float | None) -> None:
         """Counts the images; the display redraws itself at REFRESHES_PER_S."""

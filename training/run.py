@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def make_artifact(
     network = build_network(preset, dataset.item_shape, seed)
     if unable := [capability for capability in default_for if capability not in network.capabilities]:
         raise TrainingError(f"default-for: preset {preset.name} cannot {', '.join(unable)}")
+    _check_writable(store)
     split = split_dataset(dataset, seed)
     parts = {part: dataset.images[getattr(split, part)] for part in PARTS}
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -87,16 +89,19 @@ def make_artifact(
     )
 
     start = time.perf_counter()
-    network, epochs = train(
-        network,
-        parts["train"],
-        parts["validation"],
-        preset.optimisation,
-        preset.corruption,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    try:
+        network, epochs = train(
+            network,
+            parts["train"],
+            parts["validation"],
+            preset.optimisation,
+            preset.corruption,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"{device}: out of memory; choose a smaller --batch-size or --image-size") from error
     network = network.cpu()
     network.standardise_latent(to_unit(parts["train"][:STANDARDISING_ITEMS]))
     wall_time_s = time.perf_counter() - start
@@ -234,6 +239,16 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise TrainingError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     return device
+
+
+def _check_writable(store: Path) -> None:
+    """Found out before the training, not after it."""
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=store):
+            pass
+    except OSError as error:
+        raise TrainingError(f"store {store}: expected a folder to write to: {error.strerror}") from error
 
 
 def _rows(images: Tensor, rows: int) -> Tensor:

@@ -24,6 +24,9 @@ class Recorder:
         self.images = 0
         self.epochs: list[Epoch] = []
 
+    def begin(self, images: int, epochs: int) -> None:
+        self.expected_images = images * epochs
+
     def step(self, images: int, loss: float | None) -> None:
         self.images += images
 
@@ -61,7 +64,7 @@ def test_training_is_decided_by_the_seed(digits: Dataset, name: str) -> None:
 def test_training_learns_and_reports(digits: Dataset) -> None:
     """Loss and validation error fall; every image is counted, the last short batch too."""
     network, recorder = run(digits, replace(OPTIMISATION, epochs=5))
-    assert recorder.images == 5 * 950
+    assert recorder.images == recorder.expected_images == 5 * 950
     assert recorder.epochs[-1].loss < recorder.epochs[0].loss
     assert recorder.epochs[-1].validation_mse < recorder.epochs[0].validation_mse
     assert not network.training

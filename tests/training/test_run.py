@@ -76,6 +76,13 @@ def test_default_for_needs_the_capability(digits: Dataset, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_a_store_that_cannot_be_written_is_found_out_before_training(digits: Dataset, tmp_path: Path) -> None:
+    """A store that is a file is refused at once."""
+    (tmp_path / "store").write_text("")
+    with pytest.raises(TrainingError, match=r"store .*: expected a folder to write to"):
+        make(PRESETS["conv"], digits, tmp_path / "store")
+
+
 def test_evaluation_reproduces_the_manifest(tiny_store: Path, digits: Dataset) -> None:
     """Measured anew, the figures are the manifest's."""
     artifact = open_artifact("tiny-denoising", tiny_store)

@@ -47,7 +47,7 @@ def standardise_code(last: nn.Linear, first: nn.Linear, latents: Tensor) -> None
         latents: what the encoder gives for training items, (items, latent_dim).
     """
     mean, std = latents.double().mean(0), latents.double().std(0)
-    std[std < 1e-6] = 1  # a dead unit stays one
+    std = std.clamp_min(0.1)  # a dead unit stays one: blown up, it would show rounding only
     weight = first.weight.double()
     first.bias.copy_(first.bias.double() + weight @ mean)
     first.weight.copy_(weight * std)
