@@ -48,7 +48,7 @@ def test_initialisation_is_decided_by_the_seed(preset: Preset) -> None:
 
 
 def test_standardising_the_code_changes_no_reconstruction(network: Autoencoder, items: torch.Tensor) -> None:
-    """A linear code gets mean 0 and deviation 1 (less if it is all but dead), any other stays; what is decoded stays the same."""
+    """A linear code gets mean 0 and deviation 1, less where all but dead; nothing decodes to anything else."""
     before, latents_before = network.reconstruct(items), network.encode(items)
     network.standardise_latent(items)
     latents = network.encode(items)
