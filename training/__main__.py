@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -250,13 +251,18 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _show_metrics(title: str, metrics: dict[str, Metric], promised: dict[str, Metric] | None = None) -> None:
-    table = Table(title=title)
-    for heading in ("figure", "value", *(["manifest"] if promised is not None else []), "beside", "protocol"):
-        table.add_column(heading, overflow="fold")
+    """Figures beside their baselines; what all their protocols begin with stands once, above the table."""
+    shared = os.path.commonprefix([metric.protocol for name, metric in metrics.items() if name != "validation_mse"])
+    table = Table(title=f"{title}\n{shared.rstrip(' ;,')}")
+    table.add_column("figure", no_wrap=True)
+    for heading in ("value", *(["manifest"] if promised is not None else []), "beside"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("unit; protocol", overflow="fold")
     for name, metric in metrics.items():
         beside = ", ".join(f"{what} {value:.5g}" for what, value in metric.baselines.items())
         before = [] if promised is None else [f"{promised[name].value:.5g}" if name in promised else "–"]
-        table.add_row(name, f"{metric.value:.5g}", *before, beside, f"{metric.unit}; {metric.protocol}")
+        protocol = metric.protocol.removeprefix(shared)
+        table.add_row(name, f"{metric.value:.5g}", *before, beside, f"{metric.unit}; {protocol}")
     console.print(table)
 
 
