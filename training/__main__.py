@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -251,19 +250,17 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _show_metrics(title: str, metrics: dict[str, Metric], promised: dict[str, Metric] | None = None) -> None:
-    """Figures beside their baselines; what all their protocols begin with stands once, above the table."""
-    shared = os.path.commonprefix([metric.protocol for name, metric in metrics.items() if name != "validation_mse"])
-    table = Table(title=f"{title}\n{shared.rstrip(' ;,')}")
-    table.add_column("figure", no_wrap=True)
-    for heading in ("value", *(["manifest"] if promised is not None else []), "beside"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("unit; protocol", overflow="fold")
+    """Figures beside their baselines, then how each was measured: too much for a column."""
+    table = Table(title=title)
+    for heading in ("figure", "value", *(["manifest"] if promised is not None else []), "beside"):
+        table.add_column(heading, overflow="fold")
     for name, metric in metrics.items():
         beside = ", ".join(f"{what} {value:.5g}" for what, value in metric.baselines.items())
         before = [] if promised is None else [f"{promised[name].value:.5g}" if name in promised else "–"]
-        protocol = metric.protocol.removeprefix(shared)
-        table.add_row(name, f"{metric.value:.5g}", *before, beside, f"{metric.unit}; {protocol}")
+        table.add_row(name, f"{metric.value:.5g}", *before, beside)
     console.print(table)
+    for name, metric in metrics.items():
+        console.print(f"{name}: {metric.unit}; {metric.protocol}", highlight=False, markup=False, style="dim")
 
 
 def _show_next_steps(ref: ArtifactRef, store: Path) -> None:
