@@ -39,9 +39,11 @@ RUN /opt/venv/bin/python -c 'import importlib.metadata as m; print("torch==" + m
 FROM builder AS training-builder
 
 ARG TORCHVISION_REQUIREMENT="torchvision==0.29.1"
+# pip brings triton back, since torch asks for it.
 RUN /opt/venv/bin/python scripts/requirements.py train > requirements.txt \
     && /opt/pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --constraint others.txt \
-        --requirement requirements.txt "${TORCHVISION_REQUIREMENT}"
+        --requirement requirements.txt "${TORCHVISION_REQUIREMENT}" \
+    && /opt/pip/bin/pip --python /opt/venv/bin/python uninstall --yes triton
 
 
 FROM ${BASE_IMAGE} AS runtime
