@@ -9,10 +9,12 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
-from app.api.connections import HttpConnection
+from app.api.connections import HttpConnection, Server
+from app.inference.loaded_model import select_devices
 from app.main import create_app
 from app.observability.logs import configure_logging
 from app.settings import Settings
+from app.supervisor import Supervisor, listen, member_from_environment
 
 cli = typer.Typer(
     name="python -m app",
@@ -35,6 +37,9 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="Port to listen on; 0 takes a free one [HOURGLASS_PORT, 8000].")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes, each with its own copy of the models [HOURGLASS_WORKERS, 1].")
+    ] = None,
 ) -> None:
     """Serve the models of the store.
 
@@ -42,12 +47,18 @@ def serve(
 
     Example:  HOURGLASS_MODELS_STORE=models_store python -m app serve --port 8000
     """
-    logger = logging.getLogger("app")
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    given = {"host": host, "port": port, "workers": workers}
     try:
-        settings = Settings(**given)  # type: ignore[arg-type]
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
         log_config = configure_logging(settings.log_format)
-        app = create_app(settings)
+        member = member_from_environment()
+        if member is None and settings.workers > 1:
+            select_devices(settings.device)  # a device that is not there is told once, here
+            supervisor = Supervisor(settings.host, settings.port, settings.workers)
+            _announce(settings, supervisor.port)
+            raise typer.Exit(supervisor.run())
+        app = create_app(settings, member)
+        sock = listen(settings.host, settings.port)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             name = "_".join(str(part) for part in problem["loc"]).upper()
@@ -57,16 +68,28 @@ def serve(
         name, _, message = str(error).partition(":")
         typer.echo(f"HOURGLASS_{name.upper()}:{message}", err=True)
         raise typer.Exit(2) from error
-    logger.info("Hourglass on http://%s:%d, models from %s", settings.host, settings.port, settings.models_store)
-    uvicorn.run(
-        app,
-        http=HttpConnection,
-        host=settings.host,
-        port=settings.port,
-        log_config=log_config,
-        access_log=False,  # the metrics count requests; a line for each would cost more than the work
-        server_header=False,
-        lifespan="on",
+    except OSError as error:
+        typer.echo(f"cannot listen on {settings.host}, port {settings.port}: {error.strerror}", err=True)
+        raise typer.Exit(1) from error
+    if member is None:
+        _announce(settings, sock.getsockname()[1])
+    server = Server(
+        uvicorn.Config(
+            app,
+            http=HttpConnection,
+            ws="none",
+            log_config=log_config,
+            access_log=False,  # the metrics count requests; a line for each would cost more than the work
+            server_header=False,
+            lifespan="on",
+        )
+    )
+    server.run(sockets=[sock])
+
+
+def _announce(settings: Settings, port: int) -> None:
+    logging.getLogger("app").info(
+        "Hourglass on http://%s:%d, models from %s", settings.host, port, settings.models_store
     )
 
 

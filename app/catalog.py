@@ -1,9 +1,10 @@
-"""Name → served model: loaded artifacts, their states, and each device's one worker thread and batcher."""
+"""Name → served model: loaded artifacts, their states, each device's one worker thread, and the batcher over them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ import torch
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import Capability, Manifest
 from app.artifacts.store import Artifact, ArtifactRef, list_artifacts, read_artifact
-from app.batching.batcher import Answered, Batcher, BatchRecord, Lane
+from app.batching.batcher import Answered, Batcher, BatchRecord
+from app.batching.queue import Lane
 from app.errors import (
     ArtifactRefused,
     CapabilityNotSupported,
@@ -32,6 +34,9 @@ from app.inference.loaded_model import LoadedModel, Row
 
 logger = logging.getLogger(__name__)
 
+MAX_BATCH_BYTES = 64 * 1024 * 1024
+"""Most input that one batch may hold, whatever the manifest says."""
+
 
 class State(StrEnum):
     """Where one version of a model stands."""
@@ -43,7 +48,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model and the lanes of its capabilities in its device's batcher."""
+    """A loaded model and the lanes of its capabilities in the batcher."""
 
     manifest: Manifest
     calibration: Calibration | None
@@ -53,9 +58,13 @@ class ServedModel:
     def __str__(self) -> str:
         return f"{self.manifest.name}:{self.manifest.version}"
 
-    async def run(self, capability: Capability, rows: Sequence[Row], timeout_s: float | None) -> Answered[Row]:
-        """The outputs of the exported method for each row; raises as `Batcher.submit` does."""
-        return await self.batcher.submit(self.lanes[capability], rows, timeout_s=timeout_s)
+    async def run(
+        self, capability: Capability, rows: Sequence[Row], *, timeout_s: float, caller: str, priority: int
+    ) -> Answered[Row]:
+        """The outputs of the exported method for each row; takes and raises what `Batcher.submit` does."""
+        return await self.batcher.submit(
+            self.lanes[capability], rows, timeout_s=timeout_s, caller=caller, priority=priority
+        )
 
 
 @dataclass
@@ -69,12 +78,12 @@ class ModelVersion:
 
 
 class Catalog:
-    """Owns the device's worker thread, its batcher and every loaded model. Open and close it with `async with`.
+    """Owns the devices' worker threads, the batcher and every loaded model. Open and close it with `async with`.
 
     Args:
         store: folder of artifacts.
-        device: where the models run; its one worker thread runs all of torch.
-        max_queue_rows: most rows that may wait for the device.
+        devices: where the models run, each model on all of them; a device's one worker thread runs all of its torch.
+        max_queue_rows, max_queue_bytes: most that may wait.
         max_batch_size: most rows in a batch; None leaves it to each manifest.
         default_model: model for requests that name none, where it has the capability.
         required_models: names without which the service is not ready.
@@ -84,30 +93,36 @@ class Catalog:
     def __init__(
         self,
         store: Path,
-        device: torch.device,
+        devices: Sequence[torch.device],
         *,
         max_queue_rows: int,
+        max_queue_bytes: int,
         max_batch_size: int | None = None,
         default_model: str | None = None,
         required_models: Sequence[str] = (),
         observe: Callable[[str, int, Capability, BatchRecord], None] = lambda *_: None,
     ) -> None:
         self.store = store
-        self.device = device
+        self.devices = tuple(devices)
         self._max_batch_size = max_batch_size
         self._default_model = default_model
         self._required_models = tuple(required_models)
         self._observe = observe
         self._lane_labels: dict[Lane[Any, Any], tuple[str, int, Capability]] = {}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"device-{device}")
-        self.batcher = Batcher(self._worker, max_queue_rows=max_queue_rows, observe=self._observe_batch)
+        self._workers = [ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"device-{d}") for d in self.devices]
+        self.batcher = Batcher(
+            self._workers,
+            max_queue_rows=max_queue_rows,
+            max_queue_bytes=max_queue_bytes,
+            observe=self._observe_batch,
+        )
         self._versions: dict[str, list[ModelVersion]] = {}
         self._loading: asyncio.Task[None] | None = None
         self._listed = False
         self._unreadable: str | None = None
 
     def __repr__(self) -> str:
-        return f"<Catalog of {self.store} on {self.device}: {len(self._versions)} models, {self.batcher!r}>"
+        return f"<Catalog of {self.store} on {self._device_names}: {len(self._versions)} models, {self.batcher!r}>"
 
     async def __aenter__(self) -> Self:
         """Starts loading every artifact of the store in the background."""
@@ -121,7 +136,8 @@ class Catalog:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
         await self.batcher.__aexit__(kind, error, trace)
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.shutdown(wait=True, cancel_futures=True)
 
     async def loaded(self) -> None:
         """Returns once every artifact of the store is served or refused."""
@@ -261,7 +277,7 @@ class Catalog:
     async def _load_all(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            refs = await loop.run_in_executor(self._worker, lambda: list(list_artifacts(self.store)))
+            refs = await loop.run_in_executor(None, lambda: list(list_artifacts(self.store)))
         except OSError as error:
             self._unreadable = f"models store {self.store}: cannot be read: {error.strerror}"
             logger.error("not ready: %s", self._unreadable)  # noqa: TRY400  the reason says it; no traceback
@@ -273,18 +289,23 @@ class Catalog:
             await self._load(version)
         served = sum(version.served is not None for name in self._versions for version in self._versions[name])
         if served:
-            logger.info("ready: %d of %d artifacts served on %s", served, len(refs), self.device)
+            logger.info("ready: %d of %d artifacts served on %s", served, len(refs), self._device_names)
         else:
             logger.error("not ready: %s", "; ".join(self.reasons_not_ready()))
 
     async def _load(self, version: ModelVersion) -> None:
         started = time.perf_counter()
+        loop = asyncio.get_running_loop()
         try:
-            # On the device's own thread: no forward pass ever runs on any other.
-            artifact, loaded = await asyncio.get_running_loop().run_in_executor(
-                self._worker, self._prepare, version.ref
+            artifact = await loop.run_in_executor(None, read_artifact, version.ref)
+            # On the devices' own threads: no forward pass ever runs on any other.
+            replicas = await asyncio.gather(
+                *(
+                    loop.run_in_executor(worker, self._prepare, artifact, device)
+                    for worker, device in zip(self._workers, self.devices, strict=True)
+                )
             )
-            version.served = self._serve(artifact, loaded)
+            version.served = self._serve(artifact, replicas)
         except ArtifactRefused as error:
             version.state, version.reason = State.REFUSED, str(error)
             logger.error("refused %s: %s", version.ref, error)  # noqa: TRY400  the reason says it; no traceback
@@ -295,30 +316,35 @@ class Catalog:
             version.state = State.READY
             logger.info("loaded %s in %.2f s", version.ref, time.perf_counter() - started)
 
-    def _prepare(self, ref: ArtifactRef) -> tuple[Artifact, LoadedModel]:
-        artifact = read_artifact(ref)
-        loaded = LoadedModel.load(artifact, self.device)
+    def _prepare(self, artifact: Artifact, device: torch.device) -> LoadedModel:
+        loaded = LoadedModel.load(artifact, device)
         loaded.self_test(artifact)
         loaded.warm_up(self._batch_size(artifact.manifest))
-        return artifact, loaded
+        return loaded
 
     def _batch_size(self, manifest: Manifest) -> int:
-        return min(manifest.max_batch_size, self._max_batch_size or manifest.max_batch_size)
+        rows_that_fit = max(1, MAX_BATCH_BYTES // (4 * manifest.input.size))
+        return min(manifest.max_batch_size, self._max_batch_size or manifest.max_batch_size, rows_that_fit)
 
-    def _serve(self, artifact: Artifact, loaded: LoadedModel) -> ServedModel:
+    def _serve(self, artifact: Artifact, replicas: Sequence[LoadedModel]) -> ServedModel:
         manifest = artifact.manifest
-        lanes = {capability: self._lane(loaded, capability) for capability in manifest.capabilities}
+        lanes = {capability: self._lane(manifest, replicas, capability) for capability in manifest.capabilities}
         return ServedModel(manifest, artifact.calibration(), lanes, self.batcher)
 
-    def _lane(self, loaded: LoadedModel, capability: Capability) -> Lane[Row, Row]:
-        manifest = loaded.manifest
+    def _lane(self, manifest: Manifest, replicas: Sequence[LoadedModel], capability: Capability) -> Lane[Row, Row]:
+        inputs = manifest.capabilities[capability].inputs
         lane: Lane[Row, Row] = Lane(
             name=f"{manifest.name}:{manifest.version} {capability}",
-            run=lambda rows: loaded.run(capability, rows),
+            run=lambda rows, slot: replicas[slot].run(capability, rows),
             max_batch_size=self._batch_size(manifest),
+            row_bytes=sum(4 * math.prod(spec.shape) for spec in inputs),  # float32
         )
         self._lane_labels[lane] = (manifest.name, manifest.version, capability)
         return lane
+
+    @property
+    def _device_names(self) -> str:
+        return ", ".join(map(str, self.devices))
 
     def _observe_batch(self, lane: Lane[Any, Any], record: BatchRecord) -> None:
         self._observe(*self._lane_labels[lane], record)

@@ -97,3 +97,7 @@ class DeadlineExceeded(ServiceError):
 
 class ArtifactRefused(Exception):
     """An artifact is not what its manifest says, or its manifest is none. The message names file and field."""
+
+
+class OutOfMemory(Exception):
+    """The device has no room for a batch; a smaller one may fit."""

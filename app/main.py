@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import os
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -18,32 +19,42 @@ from app.api.errors import problem_response
 from app.capabilities import ROUTERS
 from app.catalog import Catalog
 from app.errors import ServiceError
-from app.inference.loaded_model import select_device
+from app.fleet import Fleet, Member, Snapshot, VersionState
+from app.inference.loaded_model import select_devices, use_threads
 from app.observability.metrics import Metrics
 from app.settings import Settings
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     """The service as an ASGI application.
 
     Loading starts with the application's lifespan, in the background: probes answer from the first moment on.
+
+    Args:
+        settings: every setting.
+        member: the process's place among several workers; None if it is alone.
+
     Raises ValueError if the machine lacks the device that the settings ask for.
     """
-    device = select_device(settings.device)
+    devices = select_devices(settings.device)
+    use_threads(settings.torch_threads or max(1, len(os.sched_getaffinity(0)) // settings.workers))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with Catalog(
             settings.models_store,
-            device,
+            devices,
             max_queue_rows=settings.max_queue_rows,
+            max_queue_bytes=settings.max_queue_bytes,
             max_batch_size=settings.max_batch_size,
             default_model=settings.default_model,
             required_models=settings.required_models,
             observe=lambda *batch: metrics.observe_batch(*batch),  # noqa: PLW0108  metrics exist only below
         ) as catalog:
             app.state.catalog = catalog
-            yield
+            async with Fleet(lambda: _snapshot(catalog), member) as fleet:
+                app.state.fleet = fleet
+                yield
 
     app = FastAPIOffline(  # the documentation's scripts come from this machine, not from somebody else's
         title="Hourglass",
@@ -53,29 +64,35 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
 
-    def model_states() -> Iterator[tuple[str, int, str]]:
-        for name, versions in app.state.catalog.models.items():
-            for version in versions:
-                yield name, version.ref.version, version.state
-
-    metrics = Metrics(
-        waiting_rows=lambda: app.state.catalog.batcher.waiting_rows,
-        model_states=model_states,
-        is_ready=lambda: not app.state.catalog.reasons_not_ready(),
-    )
+    metrics = Metrics(lambda: app.state.fleet)
     app.state.settings = settings
     app.state.metrics = metrics
     for router in (*ROUTERS, models.router, health.router):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
-    app.add_middleware(Envelope, metrics=metrics)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
+    # Around everything, Starlette's own middleware included, which inference requests do not need.
+    hot = {path: handler for router in ROUTERS for path, handler in router.hot.items()}
+    app.middleware_stack = Envelope(app.build_middleware_stack(), hot, metrics)
     return app
+
+
+def _snapshot(catalog: Catalog) -> Snapshot:
+    return Snapshot(
+        reasons_not_ready=tuple(catalog.reasons_not_ready()),
+        is_loaded=catalog.is_loaded,
+        versions=tuple(
+            VersionState(name=v.ref.name, version=v.ref.version, state=v.state, reason=v.reason)
+            for versions in catalog.models.values()
+            for v in versions
+        ),
+        waiting_rows=catalog.batcher.waiting_rows,
+    )
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

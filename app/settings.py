@@ -27,10 +27,17 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto (CUDA where there is one), cpu, cuda or cuda:N.",
     )
+    workers: int = Field(1, ge=1, le=256, description="Processes, each with its own copy of the models.")
+    torch_threads: int | None = Field(
+        None, ge=1, description="Threads of one forward pass on a CPU; unset: the cores divided by the workers."
+    )
     max_batch_size: int | None = Field(
         None, ge=1, description="Most rows in one forward pass; unset: what each manifest says."
     )
     max_queue_rows: int = Field(4096, ge=1, description="Most rows that may wait; beyond it requests get a 429.")
+    max_queue_bytes: int = Field(
+        256 * 1024 * 1024, ge=1, description="Most bytes of input that may wait; beyond it requests get a 429."
+    )
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes, decompressed.")
     max_image_pixels: int = Field(40_000_000, ge=1, description="Largest uploaded picture, in pixels.")
     request_timeout_ms: int = Field(

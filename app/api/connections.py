@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+from types import FrameType
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.errors import problem_body
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 1000
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which ends with exit code 0 when it was asked to end.
+
+    The first SIGTERM or SIGINT lets requests in flight finish, a second one does not wait for them.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's signature
+        """Called by the signal; uvicorn's own would kill the process by the same signal again at the end."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 class HttpConnection(HttpToolsProtocol):

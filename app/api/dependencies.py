@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import Capability, Manifest
 from app.catalog import Catalog, ServedModel
 from app.codecs.bodies import Body, decompress, parse_content_type
-from app.errors import InvalidParameter, PayloadTooLarge
+from app.errors import DeadlineExceeded, InvalidParameter, PayloadTooLarge
+from app.fleet import Fleet
 from app.observability.metrics import Metrics
 from app.settings import Settings
 
 MAX_TIMEOUT_MS = 600_000
+MAX_PRIORITY = 9
 
 
 def catalog_of(request: Request) -> Catalog:
     """The application's catalog."""
     catalog: Catalog = request.app.state.catalog
     return catalog
+
+
+def fleet_of(request: Request) -> Fleet:
+    """The workers of the service."""
+    fleet: Fleet = request.app.state.fleet
+    return fleet
 
 
 def metrics_of(request: Request) -> Metrics:
@@ -38,12 +50,26 @@ def settings_of(request: Request) -> Settings:
     return settings
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a request is served: until when, in seconds of the event loop's clock, for whom, how urgently."""
+
+    deadline: float
+    caller: str
+    priority: int
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline; at least a little, so that what is late is told so in the one way."""
+        return max(1e-6, self.deadline - asyncio.get_running_loop().time())
+
+
+@dataclass(slots=True)
 class Model:
-    """The model that a request names, with the request's time limit; remembers where the time went."""
+    """The model that a request names, on the request's terms; remembers where the time went."""
 
     served: ServedModel
-    timeout_s: float
+    terms: Terms
     queued_s: float = field(default=0.0, init=False)
     ran_s: float = field(default=0.0, init=False)
 
@@ -63,46 +89,97 @@ class Model:
     async def run(self, capability: Capability, *arguments: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """The exported method's outputs, each (n, …), for arguments of n rows each; raises as `Batcher.submit` does."""
         rows = list(zip(*arguments, strict=True))
-        answered = await self.served.run(capability, rows, self.timeout_s)
+        terms = self.terms
+        answered = await self.served.run(
+            capability, rows, timeout_s=terms.left_s, caller=terms.caller, priority=terms.priority
+        )
         self.queued_s += answered.queued_s
         self.ran_s += answered.ran_s
-        return tuple(np.stack(column) for column in zip(*answered.results, strict=True))
+        return tuple(_with_batch_axis(column) for column in zip(*answered.results, strict=True))
 
 
-def request_timeout_s(request: Request) -> float:
-    """The request's time limit in seconds: `X-Request-Timeout-Ms`, or the setting. Raises InvalidParameter."""
-    text = request.headers.get("x-request-timeout-ms")
-    if text is None:
-        return settings_of(request).request_timeout_ms / 1000
-    if not (text.isascii() and text.isdigit() and len(text) <= 6 and 1 <= int(text) <= MAX_TIMEOUT_MS):
-        raise InvalidParameter(f"X-Request-Timeout-Ms: expected an integer from 1 to {MAX_TIMEOUT_MS}, found {text!r}")
-    return int(text) / 1000
+def _with_batch_axis(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    if len(rows) == 1:
+        return np.asarray(rows[0])[np.newaxis]  # a view; stacking would copy
+    return np.stack(rows)
 
 
-async def read_body(request: Request) -> Body:
-    """The whole body, decompressed, at most `max_body_bytes` before and after.
+def headers_of(scope: Any) -> dict[bytes, bytes]:
+    """The request's headers by lower-case name, the last of equals; one pass instead of one for each look-up."""
+    return dict(scope["headers"])
 
-    Raises PayloadTooLarge as soon as the limit is passed, without reading on.
+
+def read_terms(scope: Any, headers: dict[bytes, bytes], settings: Settings) -> Terms:
+    """The request's terms: `X-Request-Timeout-Ms` or the setting, `X-Request-Priority`, and whose connection it is.
+
+    Raises InvalidParameter.
     """
-    limit = settings_of(request).max_body_bytes
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise PayloadTooLarge(f"body: expected at most {limit} bytes, found {declared}")
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise PayloadTooLarge(f"body: expected at most {limit} bytes, found more")
-        chunks.append(chunk)
-    data = b"".join(chunks)
-    if encoding := request.headers.get("content-encoding"):
-        data = decompress(data, encoding, limit)
-    media_type, parameters = parse_content_type(request.headers.get("content-type", ""))
-    return Body(data, media_type, parameters)
+    now = asyncio.get_running_loop().time()
+    timeout_ms = settings.request_timeout_ms
+    if b"x-request-timeout-ms" in headers:
+        timeout_ms = _integer(headers, "X-Request-Timeout-Ms", 1, MAX_TIMEOUT_MS)
+    priority = 0
+    if b"x-request-priority" in headers:
+        priority = _integer(headers, "X-Request-Priority", 0, MAX_PRIORITY)
+    client = scope.get("client")
+    return Terms(now + timeout_ms / 1000, client[0] if client else "", priority)
 
 
-def preferred_media_type(accept: str, offered: Sequence[str]) -> str | None:
+def _integer(headers: dict[bytes, bytes], name: str, low: int, high: int) -> int:
+    text = headers[name.lower().encode()].decode("latin-1")
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(high)) and low <= int(text) <= high):
+        raise InvalidParameter(f"{name}: expected an integer from {low} to {high}, found {text!r}")
+    return int(text)
+
+
+async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int, terms: Terms) -> Body:
+    """The whole body, decompressed, at most `limit` bytes before and after.
+
+    Raises PayloadTooLarge as soon as the limit is passed, without reading on, and DeadlineExceeded for a body that is
+    not there in time.
+    """
+    declared = headers.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared[:20]) > limit:
+        raise PayloadTooLarge(f"body: expected at most {limit} bytes, found {int(declared[:20])}")
+    message = await _receive(receive, terms)
+    data: bytes = message.get("body", b"")
+    if message.get("more_body"):
+        chunks, size = [data], len(data)
+        while message.get("more_body") and size <= limit:
+            message = await _receive(receive, terms)
+            chunk = message.get("body", b"")
+            chunks.append(chunk)
+            size += len(chunk)
+        data = b"".join(chunks)
+    if len(data) > limit:
+        raise PayloadTooLarge(f"body: expected at most {limit} bytes, found more")
+    if b"content-encoding" in headers:
+        data = decompress(data, headers[b"content-encoding"].decode("latin-1"), limit)
+    return Body(data, *_content_type(headers.get(b"content-type", b"")))
+
+
+async def _receive(receive: Receive, terms: Terms) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout_at(terms.deadline):
+            message = await receive()
+    except TimeoutError as error:
+        raise DeadlineExceeded("deadline: the body was not there in time") from error
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return dict(message)
+
+
+def _content_type(header: bytes) -> tuple[str, dict[str, str]]:
+    # A multipart boundary is new every time: caching those would only push the others out.
+    text = header.decode("latin-1")
+    return parse_content_type(text) if ";" in text else _plain_content_type(text)
+
+
+_plain_content_type = lru_cache(maxsize=128)(parse_content_type)
+
+
+@lru_cache(maxsize=128)
+def preferred_media_type(accept: str, offered: tuple[str, ...]) -> str | None:
     """The offered media type that the `Accept` header likes best; of equals the first offered; None if it likes none.
 
     A wildcard that covers several stands for the first offered, as does an empty header.

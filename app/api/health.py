@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from app.api.dependencies import catalog_of, metrics_of
+from app.api.dependencies import fleet_of, metrics_of
 from app.api.errors import Problem, problem_body
 from app.api.responses import json_response
-from app.catalog import State
 
 router = APIRouter(tags=["service"])
 
@@ -73,7 +72,7 @@ async def livez() -> Response:
 )
 async def readyz(request: Request) -> Response:
     """200 once every required model, and at least one, is served; else 503 with the reasons."""
-    reasons = catalog_of(request).reasons_not_ready()
+    reasons = fleet_of(request).reasons_not_ready()
     if not reasons:
         return json_response({"ready": True, "reasons": []})
     body = problem_body(
@@ -85,14 +84,13 @@ async def readyz(request: Request) -> Response:
 @_probe("/startupz", answers=Startup, summary="Loading progress")
 async def startupz(request: Request) -> Response:
     """How many artifacts of the store are loaded, refused and still to come."""
-    versions = [version for versions in catalog_of(request).models.values() for version in versions]
-    loading = [str(version.ref) for version in versions if version.state is State.LOADING]
+    versions = fleet_of(request).versions().values()
     return json_response(
         {
-            "done": catalog_of(request).is_loaded,
-            "loaded": sum(version.state is State.READY for version in versions),
-            "refused": sum(version.state is State.REFUSED for version in versions),
-            "loading": loading,
+            "done": fleet_of(request).is_loaded,
+            "loaded": sum(version.state == "ready" for version in versions),
+            "refused": sum(version.state == "refused" for version in versions),
+            "loading": [f"{version.name}:{version.version}" for version in versions if version.state == "loading"],
         }
     )
 

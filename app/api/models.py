@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from app import errors
-from app.api.dependencies import catalog_of
+from app.api.dependencies import catalog_of, fleet_of
 from app.api.errors import problem_responses
 from app.api.responses import json_response
-from app.catalog import ModelVersion
+from app.fleet import VersionState
 
 router = APIRouter(tags=["models"])
 
@@ -60,7 +60,7 @@ class ModelList(BaseModel):
 @router.get("/models", response_model=ModelList, summary="Every model")
 async def list_models(request: Request) -> Response:
     """Every model of the store with its versions' states."""
-    models = catalog_of(request).models
+    models = _models(request)
     return json_response({"models": [_entry(request, name, models[name]) for name in sorted(models)]})
 
 
@@ -75,18 +75,27 @@ async def list_models(request: Request) -> Response:
 async def show_model(request: Request) -> Response:
     """One model of the store."""
     name: str = request.path_params["name"]
-    models = catalog_of(request).models
+    models = _models(request)
     if name not in models:
         raise errors.ModelNotFound(f"model: expected one of {', '.join(sorted(models)) or 'none'}; found {name!r}")
     return json_response(_entry(request, name, models[name]))
 
 
-def _entry(request: Request, name: str, versions: list[ModelVersion]) -> dict[str, Any]:
+def _models(request: Request) -> dict[str, list[VersionState]]:
+    """Every name with its versions, ascending, as all workers together have them."""
+    models: dict[str, list[VersionState]] = {}
+    states = fleet_of(request).versions()
+    for key in sorted(states):
+        models.setdefault(key[0], []).append(states[key])
+    return models
+
+
+def _entry(request: Request, name: str, versions: list[VersionState]) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": name,
         "default_version": None,
         "versions": [
-            {"version": version.ref.version, "state": version.state, "reason": version.reason} for version in versions
+            {"version": version.version, "state": version.state, "reason": version.reason} for version in versions
         ],
         "capabilities": [],
         "input": None,

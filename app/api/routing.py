@@ -6,11 +6,14 @@ the endpoint, encode the answer as the caller accepts it.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
@@ -21,16 +24,18 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive
 
 from app import errors
 from app.api.dependencies import (
     Model,
     catalog_of,
+    headers_of,
     preferred_media_type,
     read_body,
-    request_timeout_s,
+    read_terms,
     settings_of,
 )
 from app.api.errors import problem_responses
@@ -47,6 +52,7 @@ HTML = "text/html"  # what a browser asks for; it gets JSON, pictures too being 
 # Below these, decoding costs less than handing it to another thread.
 _INLINE_BYTES = 128 * 1024
 _INLINE_PIXELS = 256 * 256
+_WATCH_AFTER_S = 0.01
 # A large picture takes a core and hundreds of megabytes while it is decoded: no more of them at once than there are
 # cores, and never as many as threads could be had.
 _DECODERS = anyio.CapacityLimiter(min(os.cpu_count() or 1, 8))
@@ -135,7 +141,14 @@ class RawRoute(APIRoute):
 
 
 class InferenceRouter(APIRouter):
-    """Registers inference endpoints; see `items` and `body`."""
+    """Registers inference endpoints; see `items` and `body`.
+
+    `hot` has each endpoint's handler by its path, for whoever wants to skip the routing that leads to it.
+    """
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.hot: dict[str, Handler] = {}
 
     def items(
         self,
@@ -216,28 +229,32 @@ class InferenceRouter(APIRouter):
     ) -> Callable[[Callable[[Any, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
         def decorate(endpoint: Callable[[Any, Model, QueryT], Awaitable[Results]]) -> Callable[..., Awaitable[Results]]:
             async def handle(request: Request) -> Response:
-                parameters = parse_query(query, request.scope["query_string"])
-                media_type = preferred_media_type(request.headers.get("accept", ""), (JSON, HTML, PNG, NPY))
+                scope, settings = request.scope, settings_of(request)
+                headers = headers_of(scope)
+                parameters = parse_query(query, scope["query_string"])
+                accept = headers.get(b"accept", b"").decode("latin-1")
+                media_type = preferred_media_type(accept, (JSON, HTML, PNG, NPY))
                 if media_type is None:
-                    raise errors.NotAcceptable(
-                        f"accept: expected {JSON}, {PNG} or {NPY}, found {request.headers['accept']!r}"
-                    )
-                timeout_s = request_timeout_s(request)
-                model = Model(catalog_of(request).find(parameters.model, capability), timeout_s)
+                    raise errors.NotAcceptable(f"accept: expected {JSON}, {PNG} or {NPY}, found {accept!r}")
+                terms = read_terms(scope, headers, settings)
+                model = Model(catalog_of(request).find(parameters.model, capability), terms)
                 started = time.perf_counter()
-                given = await read(await read_body(request), model, parameters, request)
-                decoded = time.perf_counter()
-                results = await endpoint(given, model, parameters)
+                body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
+                with until_disconnect(request.receive):
+                    given = await read(body, model, parameters, request)
+                    decoded = time.perf_counter()
+                    results = await endpoint(given, model, parameters)
                 ids = given.ids if isinstance(given, Items) else None
                 ran = time.perf_counter()
                 response = encode_results(results, model, media_type, as_png=parameters.images == "png", ids=ids)
-                response.headers["X-Model"] = str(model)
-                response.headers["Server-Timing"] = (
+                timing = (
                     f"decode;dur={(decoded - started) * 1e3:.3f}, queue;dur={model.queued_s * 1e3:.3f}, "
                     f"run;dur={model.ran_s * 1e3:.3f}, encode;dur={(time.perf_counter() - ran) * 1e3:.3f}"
                 )
+                response.raw_headers += [(b"x-model", str(model).encode()), (b"server-timing", timing.encode())]
                 return response
 
+            self.hot[path] = handle
             handle.__name__, handle.__doc__ = endpoint.__name__, endpoint.__doc__
             self.add_api_route(
                 path,
@@ -257,15 +274,49 @@ class InferenceRouter(APIRouter):
         return decorate
 
 
+@contextmanager
+def until_disconnect(receive: Receive) -> Iterator[None]:
+    """Cancels what runs inside when the client leaves, and raises ClientDisconnect in its place.
+
+    The watch begins after `_WATCH_AFTER_S`: most requests are answered by then, and it costs a task.
+    """
+    loop, working = asyncio.get_running_loop(), asyncio.current_task()
+    watching: asyncio.Task[None] | None = None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if working is not None:
+            left = True
+            working.cancel()
+
+    def begin() -> None:
+        nonlocal watching
+        watching = loop.create_task(watch())
+
+    timer = loop.call_later(_WATCH_AFTER_S, begin)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not left or working is None or working.uncancel():
+            raise
+        raise ClientDisconnect from None
+    finally:
+        timer.cancel()
+        if watching is not None:
+            watching.cancel()
+
+
 def query_invert(query: ModelQuery) -> bool | None:
     """The `invert` parameter of a query that may have one."""
     return query.invert if isinstance(query, ItemsQuery) else None
 
 
+@lru_cache(maxsize=1024)
 def parse_query(query: type[QueryT], query_string: bytes) -> QueryT:
     """The query string's parameters. Raises InvalidParameter for an unknown, repeated or bad one."""
-    if not query_string:
-        return query()
     pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
     values = dict(pairs)
     if len(values) != len(pairs):

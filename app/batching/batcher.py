@@ -1,38 +1,25 @@
-"""Items ⇄ batches. Knows asyncio and one executor; knows neither HTTP nor tensors."""
+"""Items ⇄ batches. Knows asyncio and executors; knows neither HTTP nor tensors."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self
 
-from app.errors import DeadlineExceeded, Draining, InferenceFailed, PayloadTooLarge, QueueFull
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from app.batching.queue import FairQueue, Item, Lane, Result, Slice, Waiting
+from app.errors import DeadlineExceeded, Draining, InferenceFailed, OutOfMemory, PayloadTooLarge, QueueFull
 
 logger = logging.getLogger(__name__)
 
+Observe = Callable[[Lane[Any, Any], "BatchRecord"], None]
 
-@dataclass(frozen=True, eq=False)
-class Lane(Generic[Item, Result]):
-    """Items that may share a batch: what runs them, and how many at a time.
-
-    `run` is called on the executor's thread. It gives one result per item, in order; an exception in a result's place
-    fails that item alone, a raised one makes the batch be halved until the bad item stands alone.
-    """
-
-    name: str
-    run: Callable[[Sequence[Item]], Sequence[Result | Exception]]
-    max_batch_size: int
+_LONGEST_DUE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,64 +42,62 @@ class BatchRecord:
 
 
 @dataclass(eq=False)
-class _Request(Generic[Item, Result]):
-    """Some items of one caller; `taken` of them have left the queue, `unanswered` have no result yet."""
+class _Request(Waiting[Item, Result]):
+    """A caller's items, and the future that it awaits; `unanswered` items have no result yet."""
 
-    lane: Lane[Item, Result]
-    items: Sequence[Item]
     answer: asyncio.Future[Answered[Result]]
-    turn: int
     enqueued_at: float
+    timeout_at: float
     results: list[Result | None] = field(init=False)
-    taken: int = 0
     unanswered: int = field(init=False)
-    started_at: float | None = None
-    deadline: asyncio.TimerHandle | None = None
+    started_at: float | None = field(default=None, init=False)
+    deadline: asyncio.TimerHandle | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.results = [None] * len(self.items)
         self.unanswered = len(self.items)
 
-    @property
-    def waiting(self) -> int:
-        return len(self.items) - self.taken
-
 
 @dataclass(frozen=True)
-class _Slice(Generic[Item, Result]):
-    """A run of one request's items within a batch."""
+class _Outcome:
+    """What came of a batch: a result or an exception per row, when it ran, and the largest batch that fitted."""
 
-    request: _Request[Item, Result]
-    start: int
-    stop: int
+    results: list[Any]
+    started_at: float
+    ended_at: float
+    learnt_size: int | None
 
 
 class Batcher:
-    """Collects the items of many callers into batches for one executor and answers each caller with its own results.
+    """Collects the items of many callers into batches and answers each caller with its own results.
 
-    A batch leaves the moment the executor is free; while it is busy, items gather, up to the lane's `max_batch_size`.
-    Lanes take turns by their oldest request; a request larger than a batch gives way to the others after each of its
-    batches. Items whose callers left or whose deadline passed are dropped before they run. At most `max_queue_rows`
-    items wait.
+    A batch leaves the moment an executor is free; while all are busy, items gather, up to the lane's `max_batch_size`.
+    `FairQueue` says who is next. Items whose callers left or whose deadline passed leave the queue at once and never
+    run. An executor's slot is given back by the executor alone, never by a waiter, and each request is resolved exactly
+    once: with its results, or with the error of its first item that failed.
 
-    Open and close it with `async with`: closing answers whoever still waits and waits for the batch under way. The
-    executor, which must have exactly one thread, is the caller's.
+    Open and close it with `async with`: closing answers whoever still waits, and waits for what runs.
+
+    Args:
+        executors: one per device, each with exactly one thread; the caller's own.
+        max_queue_rows, max_queue_bytes: most that may wait.
+        observe: told of every batch.
     """
 
     def __init__(
         self,
-        executor: Executor,
+        executors: Sequence[Executor],
         *,
         max_queue_rows: int,
-        observe: Callable[[Lane[Any, Any], BatchRecord], None] = lambda _lane, _record: None,
+        max_queue_bytes: int = 2**62,
+        observe: Observe = lambda _lane, _record: None,
     ) -> None:
-        self._executor = executor
+        self._executors = executors
+        self._free = list(range(len(executors)))
         self._max_queue_rows = max_queue_rows
+        self._max_queue_bytes = max_queue_bytes
         self._observe = observe
-        self._queues: dict[Lane[Any, Any], OrderedDict[_Request[Any, Any], None]] = {}
-        self._turns = itertools.count()
-        self._waiting_rows = 0
-        self._running: Future[Any] | None = None
+        self._queue: FairQueue[_Request[Any, Any]] = FairQueue()
         self._dispatch_scheduled = False
         self._closed = False
         self._idle = asyncio.Event()
@@ -120,13 +105,14 @@ class Batcher:
         self._rows_per_s = 0.0  # moving average while busy; 0 until the first batch ran
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "running" if self._running else "idle"
-        return f"<Batcher {state}, {self._waiting_rows} rows waiting in {len(self._queues)} lanes>"
+        running = len(self._executors) - len(self._free)
+        state = "closed" if self._closed else f"running {running} batches" if running else "idle"
+        return f"<Batcher {state}, {self._queue.rows} rows waiting>"
 
     @property
     def waiting_rows(self) -> int:
         """Rows that have not left the queue yet."""
-        return self._waiting_rows
+        return self._queue.rows
 
     async def __aenter__(self) -> Self:
         return self
@@ -135,12 +121,18 @@ class Batcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed = True
-        for request in [request for queue in self._queues.values() for request in queue]:
+        for request in list(self._queue):
             self._fail(request, Draining("the service is shutting down", retry_after_s=1))
         await self._idle.wait()
 
     async def submit(
-        self, lane: Lane[Item, Result], items: Sequence[Item], *, timeout_s: float | None = None
+        self,
+        lane: Lane[Item, Result],
+        items: Sequence[Item],
+        *,
+        timeout_s: float | None = None,
+        caller: str = "",
+        priority: int = 0,
     ) -> Answered[Result]:
         """The results of `items`, in order.
 
@@ -148,26 +140,20 @@ class Batcher:
             lane: what runs them.
             items: at least one.
             timeout_s: seconds until the caller stops waiting, the time in the queue included.
+            caller: whose they are; callers get equal shares.
+            priority: higher goes first.
 
         Raises PayloadTooLarge, QueueFull and Draining before anything is enqueued; later DeadlineExceeded, and
         InferenceFailed naming the first item that failed.
         """
-        if self._closed:
-            raise Draining("the service is shutting down", retry_after_s=1)
-        if len(items) > self._max_queue_rows:
-            raise PayloadTooLarge(f"items: expected at most {self._max_queue_rows}, got {len(items)}")
-        if self._waiting_rows + len(items) > self._max_queue_rows:
-            raise QueueFull(
-                f"queue: {self._waiting_rows} rows wait, {len(items)} more would exceed {self._max_queue_rows}",
-                retry_after_s=self._drain_time_s(),
-            )
+        self._admit(lane, len(items))
         loop = asyncio.get_running_loop()
-        request = _Request(lane, items, loop.create_future(), next(self._turns), time.perf_counter())
+        now = loop.time()
+        timeout_at = math.inf if timeout_s is None else now + timeout_s
+        request = _Request(lane, items, caller, priority, self._due(timeout_at), loop.create_future(), now, timeout_at)
         if timeout_s is not None:
-            late = DeadlineExceeded(f"deadline: no answer within {round(timeout_s * 1000)} ms")
-            request.deadline = loop.call_later(timeout_s, self._fail, request, late)
-        self._queues.setdefault(lane, OrderedDict())[request] = None
-        self._waiting_rows += len(items)
+            request.deadline = loop.call_later(timeout_s, self._expire, request, timeout_s)
+        self._queue.push(request)
         self._schedule_dispatch(loop)
         try:
             return await request.answer
@@ -175,88 +161,101 @@ class Batcher:
             # Answered, failed, or the caller was cancelled: in each case nothing of it may stay in the queue.
             self._withdraw(request)
 
+    @staticmethod
+    def _due(timeout_at: float) -> float:
+        """When a request is due that waits from now on: within a second, or a caller with much time would be put off
+        until it has little.
+        """
+        return min(timeout_at, asyncio.get_running_loop().time() + _LONGEST_DUE_S)
+
+    def _admit(self, lane: Lane[Any, Any], rows: int) -> None:
+        if self._closed:
+            raise Draining("the service is shutting down", retry_after_s=1)
+        if rows > self._max_queue_rows or rows * lane.row_bytes > self._max_queue_bytes:
+            most = min(self._max_queue_rows, self._max_queue_bytes // max(1, lane.row_bytes))
+            raise PayloadTooLarge(f"items: expected at most {most}, got {rows}")
+        if (
+            self._queue.rows + rows > self._max_queue_rows
+            or self._queue.bytes + rows * lane.row_bytes > self._max_queue_bytes
+        ):
+            raise QueueFull(
+                f"queue: {self._queue.rows} rows of {self._queue.bytes} bytes wait, there is no room for {rows} more",
+                retry_after_s=self._drain_time_s(),
+            )
+
     def _drain_time_s(self) -> float:
         """How long the queue needs to empty at the measured rate, in seconds, from 1 to 60."""
         if not self._rows_per_s:
             return 1.0
-        return min(60.0, max(1.0, math.ceil(self._waiting_rows / self._rows_per_s)))
+        return min(60.0, max(1.0, math.ceil(self._queue.rows / self._rows_per_s)))
 
     def _schedule_dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         # Not at once: requests that arrived in the same turn of the loop belong in the same batch.
-        if self._running is None and not self._dispatch_scheduled:
+        if self._free and not self._dispatch_scheduled:
             self._dispatch_scheduled = True
             loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._dispatch_scheduled = False
-        if self._running is not None or not self._queues:
-            return
-        lane, batch = self._next_batch()
-        now = time.perf_counter()
+        while self._free and self._queue:
+            self._start(self._queue.take())
+
+    def _start(self, batch: list[Slice[_Request[Any, Any]]]) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         for part in batch:
             if part.request.started_at is None:
                 part.request.started_at = now
         items = [item for part in batch for item in part.request.items[part.start : part.stop]]
-        loop = asyncio.get_running_loop()
+        lane, slot = batch[0].request.lane, self._free.pop()
         try:
-            self._running = self._executor.submit(_run_isolating, lane.run, items)
+            running = self._executors[slot].submit(_run_isolating, lane, items, slot)
         except RuntimeError as error:  # the executor was shut down under us: nobody may be left waiting
+            self._free.append(slot)
             self._deliver(batch, [error] * len(items))
-            loop.call_soon(self._dispatch)
             return
         self._idle.clear()
-        self._running.add_done_callback(
-            lambda done: loop.call_soon_threadsafe(self._finish, lane, batch, now, done)  # runs on the worker thread
+        running.add_done_callback(  # runs on the executor's thread
+            lambda done: loop.call_soon_threadsafe(self._finish, slot, lane, batch, done)
         )
 
-    def _next_batch(self) -> tuple[Lane[Any, Any], list[_Slice[Any, Any]]]:
-        """Takes rows off the lane whose first request has waited longest for its turn."""
-        lane, queue = min(self._queues.items(), key=lambda entry: next(iter(entry[1])).turn)
-        batch: list[_Slice[Any, Any]] = []
-        room = lane.max_batch_size
-        while queue and room:
-            request = next(iter(queue))
-            count = min(room, request.waiting)
-            batch.append(_Slice(request, request.taken, request.taken + count))
-            request.taken += count
-            self._waiting_rows -= count
-            room -= count
-            if not request.waiting:
-                del queue[request]
-        if not queue:
-            del self._queues[lane]
-        return lane, batch
-
     def _finish(
-        self, lane: Lane[Any, Any], batch: list[_Slice[Any, Any]], started_at: float, done: Future[list[Any]]
+        self, slot: int, lane: Lane[Any, Any], batch: list[Slice[_Request[Any, Any]]], done: Future[_Outcome]
     ) -> None:
         """Hands each request its rows; runs on the event loop, and frees the executor's slot, whatever happened."""
-        self._running = None
-        self._idle.set()
-        ran_s = time.perf_counter() - started_at
-        rows = sum(part.stop - part.start for part in batch)
+        self._free.append(slot)
+        rows = sum(map(len, batch))
         try:
-            results = done.result()
+            outcome = done.result()
         except BaseException as error:  # noqa: BLE001  the executor itself failed: everyone in the batch is told
-            results = [error] * rows
-        self._deliver(batch, results)
-        self._requeue(batch)
-        self._rows_per_s = 0.8 * self._rows_per_s + 0.2 * rows / ran_s if self._rows_per_s else rows / ran_s
+            outcome = _Outcome([error] * rows, 0.0, 0.0, None)
+        for part in batch:
+            self._queue.give_way(part.request, self._due(part.request.timeout_at))
+        self._dispatch()  # before the answers: the executor works while they are written
+        self._deliver(batch, outcome.results)
+        if outcome.learnt_size is not None and outcome.learnt_size < lane.max_batch_size:
+            logger.warning("%s ran out of memory; its batches are at most %d rows now", lane.name, outcome.learnt_size)
+            lane.max_batch_size = outcome.learnt_size
+        ran_s = outcome.ended_at - outcome.started_at
+        if ran_s > 0:
+            rate = rows / ran_s
+            self._rows_per_s = 0.8 * self._rows_per_s + 0.2 * rate if self._rows_per_s else rate
+        if len(self._free) == len(self._executors):
+            self._idle.set()
         self._observe(
             lane,
             BatchRecord(
                 rows=rows,
-                waits_s=tuple(started_at - part.request.enqueued_at for part in batch if part.start == 0),
+                waits_s=tuple(self._queued_s(part.request) for part in batch if part.start == 0),
                 ran_s=ran_s,
-                failed_rows=sum(isinstance(result, BaseException) for result in results),
+                failed_rows=sum(isinstance(result, BaseException) for result in outcome.results),
             ),
         )
-        self._dispatch()
 
-    def _deliver(self, batch: list[_Slice[Any, Any]], results: list[Any]) -> None:
+    def _deliver(self, batch: list[Slice[_Request[Any, Any]]], results: list[Any]) -> None:
         offset = 0
         for part in batch:
-            request, count = part.request, part.stop - part.start
+            request, count = part.request, len(part)
             for index in range(count):
                 result = results[offset + index]
                 if isinstance(result, BaseException):
@@ -266,31 +265,24 @@ class Batcher:
             else:
                 request.unanswered -= count
                 if not request.unanswered and not request.answer.done():
-                    request.answer.set_result(self._answered(request))
+                    ran_s = asyncio.get_running_loop().time() - (request.started_at or request.enqueued_at)
+                    request.answer.set_result(Answered(request.results, self._queued_s(request), ran_s))
             offset += count
 
-    def _requeue(self, batch: list[_Slice[Any, Any]]) -> None:
-        """Puts what is left of a request behind whoever came while its batch ran."""
-        for part in batch:
-            request = part.request
-            queue = self._queues.get(request.lane)
-            if queue is not None and request in queue:
-                request.turn = next(self._turns)
-                queue.move_to_end(request)
-
-    def _answered(self, request: _Request[Any, Any]) -> Answered[Any]:
-        started = request.started_at or request.enqueued_at
-        return Answered(
-            results=request.results,
-            queued_s=started - request.enqueued_at,
-            ran_s=time.perf_counter() - started,
-        )
+    @staticmethod
+    def _queued_s(request: _Request[Any, Any]) -> float:
+        return (request.started_at or request.enqueued_at) - request.enqueued_at
 
     def _fail_item(self, request: _Request[Any, Any], index: int, cause: BaseException) -> None:
+        if request.answer.done():
+            return  # its caller left or its time was up: there is nobody to tell
         logger.error("%s failed for item %d of a request", request.lane.name, index, exc_info=cause)
         failure = InferenceFailed(f"item {index}: {request.lane.name} failed: {type(cause).__name__}")
         failure.__cause__ = cause
         self._fail(request, failure)
+
+    def _expire(self, request: _Request[Any, Any], timeout_s: float) -> None:
+        self._fail(request, DeadlineExceeded(f"deadline: no answer within {round(timeout_s * 1000)} ms"))
 
     def _fail(self, request: _Request[Any, Any], error: Exception) -> None:
         self._withdraw(request)
@@ -301,26 +293,30 @@ class Batcher:
         """Takes what still waits of a request out of the queue; harmless when nothing does."""
         if request.deadline is not None:
             request.deadline.cancel()
-        queue = self._queues.get(request.lane)
-        if queue is not None and request in queue:
-            del queue[request]
-            self._waiting_rows -= request.waiting
-            request.taken = len(request.items)
-            if not queue:
-                del self._queues[request.lane]
+        self._queue.discard(request)
 
 
-def _run_isolating(
-    run: Callable[[Sequence[Item]], Sequence[Result | Exception]], items: Sequence[Item]
-) -> list[Result | Exception]:
-    """One result per item; where `run` raises, the items are halved until the bad one stands alone."""
+def _run_isolating(lane: Lane[Item, Result], items: Sequence[Item], slot: int) -> _Outcome:
+    """Runs a batch on the executor's thread: one result or exception per item."""
+    started_at = time.perf_counter()
+    sizes: list[int] = []
+    results = _halving(lane, items, slot, sizes)
+    return _Outcome(results, started_at, time.perf_counter(), min(sizes, default=None))
+
+
+def _halving(lane: Lane[Item, Result], items: Sequence[Item], slot: int, sizes: list[int]) -> list[Result | Exception]:
+    """One result per item. Where `run` raises, the items are halved until the bad one stands alone; where it runs out
+    of memory, the half that is tried next is added to `sizes`.
+    """
     try:
-        results = list(run(items))
+        results = list(lane.run(items, slot))
         if len(results) != len(items):
             raise RuntimeError(f"expected {len(items)} results, got {len(results)}")  # noqa: TRY301  halved like others
     except Exception as error:  # noqa: BLE001  whatever a model raises belongs to the item that made it raise
         if len(items) == 1:
             return [error]
         middle = len(items) // 2
-        return _run_isolating(run, items[:middle]) + _run_isolating(run, items[middle:])
+        if isinstance(error, OutOfMemory):
+            sizes.append(middle)
+        return _halving(lane, items[:middle], slot, sizes) + _halving(lane, items[middle:], slot, sizes)
     return results

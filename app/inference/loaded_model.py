@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from app.artifacts.manifest import Capability, Manifest, Method, TensorSpec
 from app.artifacts.store import Artifact
-from app.errors import ArtifactRefused
+from app.errors import ArtifactRefused, OutOfMemory
 
 Row = tuple[NDArray[np.float32], ...]
 """A method's arguments, or its outputs, for one item: float32 arrays without the batch axis."""
@@ -31,17 +31,25 @@ class NotFiniteError(ArithmeticError):
     """A model's output for one item holds NaN or an infinity."""
 
 
-def select_device(wanted: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one, else the CPU.
+def select_devices(wanted: str) -> list[torch.device]:
+    """The devices of that name: `auto` is every CUDA device, or the CPU where there is none; `cuda` is every one.
 
     Raises ValueError if the machine has no such device.
     """
-    if wanted == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    count = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted in ("auto", "cuda") and count:
+        return [torch.device("cuda", index) for index in range(count)]
+    if wanted in ("auto", "cpu"):
+        return [torch.device("cpu")]
     device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {wanted} was asked for, but {torch.cuda.device_count()} CUDA devices are available")
-    return device
+    if (device.index or 0) >= count:
+        raise ValueError(f"device: {wanted} was asked for, but {count} CUDA devices are available")
+    return [device]
+
+
+def use_threads(count: int) -> None:
+    """Lets one forward pass on a CPU use that many threads."""
+    torch.set_num_threads(count)
 
 
 class LoadedModel:
@@ -91,17 +99,18 @@ class LoadedModel:
         """
         method = self.manifest.capabilities[capability]
         arguments = [np.stack(column) for column in zip(*rows, strict=True)]  # each (batch, …)
-        outputs = self.forward(capability, arguments)
+        try:
+            outputs = self.forward(capability, arguments)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise OutOfMemory(f"{capability}: {len(rows)} rows: {_first_line(error)}") from error
         _check_shapes(method, outputs, len(rows))
-        finite = np.ones(len(rows), dtype=bool)
-        for output in outputs:
-            finite &= np.isfinite(output.reshape(len(rows), -1)).all(axis=1)
-        return [
-            tuple(output[index] for output in outputs)
-            if finite[index]
-            else NotFiniteError(f"{capability} gave a number that is not finite")
-            for index in range(len(rows))
-        ]
+        results: list[Row] = list(zip(*outputs, strict=True))
+        if all(np.isfinite(output).all() for output in outputs):
+            return [*results]
+        failure = NotFiniteError(f"{capability} gave a number that is not finite")
+        return [row if all(np.isfinite(output).all() for output in row) else failure for row in results]
 
     def forward(self, capability: Capability, arguments: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """One call of the exported method: arrays with a batch axis in, arrays with a batch axis out."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.gc_collector import GCCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.platform_collector import PlatformCollector
-from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from app.artifacts.manifest import Capability
 from app.batching.batcher import BatchRecord
+from app.fleet import Fleet
+
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -23,22 +26,15 @@ _MODEL = ("model", "version", "capability")
 class Metrics:
     """The metrics of one service, in a registry of their own.
 
+    Several workers count into files that they share, so that each of them can answer for all.
+
     Args:
-        waiting_rows: how many rows wait now.
-        model_states: (name, version, state) of every artifact now.
-        is_ready: whether the service is ready now.
+        fleet: the workers, for what is a state and not a count.
     """
 
-    def __init__(
-        self,
-        waiting_rows: Callable[[], int],
-        model_states: Callable[[], Iterable[tuple[str, int, str]]],
-        is_ready: Callable[[], bool],
-    ) -> None:
+    def __init__(self, fleet: Callable[[], Fleet]) -> None:
+        self._fleet = fleet
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
         self._requests = Counter(
             "hourglass_http_requests",
             "HTTP requests answered.",
@@ -73,14 +69,19 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        Gauge("hourglass_queue_rows", "Rows that wait.", registry=self.registry).set_function(waiting_rows)
-        Gauge("hourglass_ready", "1 while the service is ready.", registry=self.registry).set_function(is_ready)
-        self.registry.register(_ModelStates(model_states))
+        # Looking labels up costs more than counting; methods and statuses come from outside, so not without bound.
+        self._request_children = lru_cache(maxsize=512)(
+            lambda method, route, status: (
+                self._requests.labels(method, route, str(status)),
+                self._request_seconds.labels(route),
+            )
+        )
 
     def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Counts an answered request."""
-        self._requests.labels(method, route, str(status)).inc()
-        self._request_seconds.labels(route).observe(seconds)
+        counter, histogram = self._request_children(method, route, status)
+        counter.inc()
+        histogram.observe(seconds)
 
     def observe_batch(self, model: str, version: int, capability: Capability, record: BatchRecord) -> None:
         """Counts a batch that ran."""
@@ -95,20 +96,37 @@ class Metrics:
             queue_seconds.observe(wait_s)
 
     def exposition(self) -> bytes:
-        """Every metric in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """Every metric in Prometheus' text format, over all workers."""
+        counts = self.registry
+        if MULTIPROCESS_VARIABLE in os.environ:
+            counts = CollectorRegistry()
+            MultiProcessCollector(counts)  # type: ignore[no-untyped-call]
+        states = CollectorRegistry()
+        states.register(_States(self._fleet()))
+        return generate_latest(counts) + generate_latest(states)
 
 
-class _ModelStates(Collector):
-    """One gauge per artifact and state, read when asked, so that it cannot go stale."""
+class _States(Collector):
+    """What is so now, read when asked, so that it cannot go stale."""
 
-    def __init__(self, model_states: Callable[[], Iterable[tuple[str, int, str]]]) -> None:
-        self._model_states = model_states
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
 
     def collect(self) -> Iterator[Metric]:
+        snapshots = [snapshot for snapshot in self._fleet.snapshots() if snapshot is not None]
+        yield GaugeMetricFamily("hourglass_queue_rows", "Rows that wait.", self._fleet.waiting_rows)
+        ready = not self._fleet.reasons_not_ready()
+        yield GaugeMetricFamily("hourglass_ready", "1 while the service is ready.", float(ready))
+        yield GaugeMetricFamily("hourglass_workers", "Worker processes that answer.", len(snapshots))
+        yield CounterMetricFamily(
+            "process_cpu_seconds", "CPU time of all workers, in seconds.", sum(s.cpu_s for s in snapshots)
+        )
+        yield GaugeMetricFamily(
+            "process_resident_memory_bytes", "Memory of all workers.", sum(s.resident_bytes for s in snapshots)
+        )
         family = GaugeMetricFamily(
             "hourglass_model_state", "1 for the state that the version is in.", labels=("model", "version", "state")
         )
-        for name, version, state in self._model_states():
-            family.add_metric((name, str(version), state), 1)
+        for found in self._fleet.versions().values():
+            family.add_metric((found.name, str(found.version), found.state), 1)
         yield family

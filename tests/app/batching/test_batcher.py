@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from app.batching.batcher import Batcher, BatchRecord, Lane
+from app.batching.batcher import Batcher, BatchRecord
+from app.batching.queue import Lane
 from app.errors import DeadlineExceeded, Draining, InferenceFailed, PayloadTooLarge, QueueFull
 
 BAD = 1313
@@ -25,7 +26,7 @@ class Doubler:
         self.batches: list[list[int]] = []
         self.lane: Lane[int, int] = Lane(name, self.run, max_batch_size)
 
-    def run(self, items: Sequence[int]) -> list[int | Exception]:
+    def run(self, items: Sequence[int], _slot: int) -> list[int | Exception]:
         assert self.gate.acquire(timeout=10), "nobody opened the gate"
         self.batches.append(list(items))
         if any(item < 0 for item in items):
@@ -44,7 +45,7 @@ def play(scene: Callable[[Batcher], Coroutine[Any, Any, None]], *, max_queue_row
     async def act() -> None:
         with ThreadPoolExecutor(max_workers=1) as executor:
             async with Batcher(
-                executor, max_queue_rows=max_queue_rows, observe=lambda _lane, record: records.append(record)
+                [executor], max_queue_rows=max_queue_rows, observe=lambda _lane, record: records.append(record)
             ) as batcher:
                 await scene(batcher)
                 assert batcher.waiting_rows == 0, "rows were left behind"
@@ -224,7 +225,7 @@ def test_closing_answers_whoever_waits() -> None:
     async def act() -> None:
         model = Doubler()
         with ThreadPoolExecutor(max_workers=1) as executor:
-            batcher = Batcher(executor, max_queue_rows=64)
+            batcher = Batcher([executor], max_queue_rows=64)
             async with batcher:
                 running = asyncio.create_task(batcher.submit(model.lane, [1]))
                 await settle()
@@ -247,7 +248,7 @@ def test_a_dead_executor_leaves_nobody_waiting() -> None:
         model = Doubler()
         executor = ThreadPoolExecutor(max_workers=1)
         executor.shutdown()
-        async with Batcher(executor, max_queue_rows=64) as batcher:
+        async with Batcher([executor], max_queue_rows=64) as batcher:
             answers = await asyncio.gather(
                 *(batcher.submit(model.lane, [i]) for i in range(10)), return_exceptions=True
             )
@@ -273,7 +274,7 @@ def test_a_wrong_number_of_results_fails_every_row() -> None:
     """A model that gives fewer results than rows fails them, instead of shifting answers between callers."""
 
     async def scene(batcher: Batcher) -> None:
-        lane: Lane[int, int] = Lane("short", lambda items: list(items)[: len(items) // 2], 8)
+        lane: Lane[int, int] = Lane("short", lambda items, _slot: list(items)[: len(items) // 2], 8)
         answers = await asyncio.gather(*(batcher.submit(lane, [i]) for i in range(4)), return_exceptions=True)
         assert all(isinstance(answer, InferenceFailed) for answer in answers)
 

@@ -15,7 +15,7 @@ import torch
 from app.artifacts.manifest import Capability
 from app.artifacts.store import Artifact, ArtifactRef, read_artifact
 from app.errors import ArtifactRefused
-from app.inference.loaded_model import LoadedModel, NotFiniteError, Row, select_device
+from app.inference.loaded_model import LoadedModel, NotFiniteError, Row, select_devices
 
 CPU = torch.device("cpu")
 POISON, NOT_A_NUMBER = 0.9375, 0.96875
@@ -212,10 +212,10 @@ def test_failed_self_test_is_refused_by_name(artifact: Artifact, loaded: LoadedM
 
 def test_a_device_that_is_not_there_is_named() -> None:
     """Asking for a GPU beyond those of the machine names the setting; the CPU is always there."""
-    assert select_device("cpu") == CPU
-    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert select_devices("cpu") == [CPU]
+    assert {device.type for device in select_devices("auto")} == {"cuda" if torch.cuda.is_available() else "cpu"}
     with pytest.raises(ValueError, match=r"device: cuda:77 was asked for, but \d+ CUDA devices are available"):
-        select_device("cuda:77")
+        select_devices("cuda:77")
 
 
 @pytest.mark.gpu

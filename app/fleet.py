@@ -1,0 +1,176 @@
+"""What the worker processes of one service know of each other: a snapshot of each, in a folder that they share.
+
+Whatever a process answers about the service is about all of them. Knows files and process ids; no HTTP, no models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.25
+STALE_AFTER_S = 2.0
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class VersionState(BaseModel):
+    """Where one version of a model stands."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: int
+    state: str
+    reason: str | None = None
+
+
+class Snapshot(BaseModel):
+    """What one worker process says of itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reasons_not_ready: tuple[str, ...]
+    is_loaded: bool
+    versions: tuple[VersionState, ...]
+    waiting_rows: int
+    pid: int = 0
+    written_at_s: float = 0.0  # of the machine's monotonic clock, which all its processes share
+    cpu_s: float = 0.0
+    resident_bytes: int = 0
+
+
+# In the order of how much they say about the whole: one worker that refused a version speaks for all.
+_STATES = ("refused", "loading", "unloaded", "ready")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker's place among the others."""
+
+    index: int
+    count: int
+    folder: Path
+
+    def snapshot_path(self, index: int) -> Path:
+        """Where the worker of that index writes its snapshot."""
+        return self.folder / f"worker-{index}.json"
+
+
+class Fleet:
+    """All workers as one of them sees them. Open and close it with `async with`: meanwhile it writes its heartbeat.
+
+    Args:
+        describe: this worker's own snapshot, now.
+        member: its place among the others; None if it is the only one.
+    """
+
+    def __init__(self, describe: Callable[[], Snapshot], member: Member | None = None) -> None:
+        self._describe = describe
+        self._member = member
+        self._parent = os.getppid()
+        self._beating: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Fleet {self._member or 'of one'}>"
+
+    async def __aenter__(self) -> Self:
+        if self._member is not None:
+            self._beating = asyncio.create_task(self._beat(self._member), name="heartbeat")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._beating is not None and self._member is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+            self._member.snapshot_path(self._member.index).unlink(missing_ok=True)
+
+    def snapshots(self) -> list[Snapshot | None]:
+        """Each worker's latest snapshot, by index; None for one that is not there or has stopped beating."""
+        own = self._own()
+        if self._member is None:
+            return [own]
+        member = self._member
+        return [own if index == member.index else _read(member.snapshot_path(index)) for index in range(member.count)]
+
+    def reasons_not_ready(self) -> list[str]:
+        """Why the service is not ready; empty when every worker is."""
+        snapshots = self.snapshots()
+        reasons: dict[str, None] = {}
+        for index, snapshot in enumerate(snapshots):
+            if snapshot is None:
+                reasons[f"worker {index} does not answer"] = None
+            else:
+                reasons |= dict.fromkeys(snapshot.reasons_not_ready)
+        return list(reasons)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether every worker has loaded or refused every artifact."""
+        return all(snapshot is not None and snapshot.is_loaded for snapshot in self.snapshots())
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that wait in all workers."""
+        return sum(snapshot.waiting_rows for snapshot in self.snapshots() if snapshot is not None)
+
+    def versions(self) -> dict[tuple[str, int], VersionState]:
+        """Each version's state over all workers: ready only where it is ready everywhere."""
+        merged: dict[tuple[str, int], VersionState] = {}
+        for snapshot in self.snapshots():
+            for found in snapshot.versions if snapshot is not None else ():
+                key = (found.name, found.version)
+                if key not in merged or _STATES.index(found.state) < _STATES.index(merged[key].state):
+                    merged[key] = found
+        return merged
+
+    def _own(self) -> Snapshot:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return self._describe().model_copy(
+            update={
+                "pid": os.getpid(),
+                "written_at_s": time.monotonic(),
+                "cpu_s": usage.ru_utime + usage.ru_stime,
+                "resident_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,
+            }
+        )
+
+    async def _beat(self, member: Member) -> None:
+        path = member.snapshot_path(member.index)
+        temporary = path.with_suffix(".writing")
+        while True:
+            temporary.write_text(self._own().model_dump_json())
+            temporary.rename(path)
+            if os.getppid() != self._parent:
+                logger.error("the supervisor is gone; stopping")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            await asyncio.sleep(HEARTBEAT_S)
+
+
+def _read(path: Path) -> Snapshot | None:
+    try:
+        snapshot = Snapshot.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    if time.monotonic() - snapshot.written_at_s > STALE_AFTER_S:
+        return None
+    try:
+        os.kill(snapshot.pid, 0)
+    except ProcessLookupError:
+        return None  # it died since its last heartbeat
+    return snapshot
