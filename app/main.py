@@ -71,14 +71,13 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
         app.include_router(router)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    hot = {path: handler for router in ROUTERS for path, handler in router.hot.items()}
+    app.add_middleware(Envelope, hot=hot, metrics=metrics)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    # Around everything, Starlette's own middleware included, which inference requests do not need.
-    hot = {path: handler for router in ROUTERS for path, handler in router.hot.items()}
-    app.middleware_stack = Envelope(app.build_middleware_stack(), hot, metrics)
     return app
 
 

@@ -52,8 +52,11 @@ def settings_of(request: Request) -> Settings:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On what terms a request is served: until when, in seconds of the event loop's clock, for whom, how urgently."""
+    """On what terms a request is served: for how long, until when in seconds of the event loop's clock, for whom, and
+    how urgently.
+    """
 
+    timeout_ms: int
     deadline: float
     caller: str
     priority: int
@@ -90,9 +93,14 @@ class Model:
         """The exported method's outputs, each (n, …), for arguments of n rows each; raises as `Batcher.submit` does."""
         rows = list(zip(*arguments, strict=True))
         terms = self.terms
-        answered = await self.served.run(
-            capability, rows, timeout_s=terms.left_s, caller=terms.caller, priority=terms.priority
-        )
+        try:
+            answered = await self.served.run(
+                capability, rows, timeout_s=terms.left_s, caller=terms.caller, priority=terms.priority
+            )
+        except (
+            DeadlineExceeded
+        ) as error:  # what was left of the time, when it came to this, means nothing to the caller
+            raise DeadlineExceeded(f"deadline: no answer within {terms.timeout_ms} ms") from error
         self.queued_s += answered.queued_s
         self.ran_s += answered.ran_s
         return tuple(_with_batch_axis(column) for column in zip(*answered.results, strict=True))
@@ -122,7 +130,7 @@ def read_terms(scope: Any, headers: dict[bytes, bytes], settings: Settings) -> T
     if b"x-request-priority" in headers:
         priority = _integer(headers, "X-Request-Priority", 0, MAX_PRIORITY)
     client = scope.get("client")
-    return Terms(now + timeout_ms / 1000, client[0] if client else "", priority)
+    return Terms(timeout_ms, now + timeout_ms / 1000, client[0] if client else "", priority)
 
 
 def _integer(headers: dict[bytes, bytes], name: str, low: int, high: int) -> int:
@@ -163,7 +171,7 @@ async def _receive(receive: Receive, terms: Terms) -> dict[str, Any]:
         async with asyncio.timeout_at(terms.deadline):
             message = await receive()
     except TimeoutError as error:
-        raise DeadlineExceeded("deadline: the body was not there in time") from error
+        raise DeadlineExceeded(f"deadline: the body was not there within {terms.timeout_ms} ms") from error
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
     return dict(message)

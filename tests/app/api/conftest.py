@@ -35,7 +35,7 @@ class Service:
     def held_device(self) -> Iterator[None]:
         """The device's worker thread is busy until the block ends: whatever is asked meanwhile waits."""
         holding, release = threading.Event(), threading.Event()
-        self.app.state.catalog._worker.submit(lambda: (holding.set(), release.wait(30)))
+        self.app.state.catalog._workers[0].submit(lambda: (holding.set(), release.wait(30)))
         assert holding.wait(30)
         try:
             yield
