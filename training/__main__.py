@@ -112,7 +112,7 @@ def models_command(
     only: Annotated[list[str] | None, typer.Option("--only", help="One of them; may be given again.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train every artifact that the project ships, each as its name's next version: about 25 minutes on two cores."""
+    """Train every artifact that the project ships, each as its name's next version: 20 minutes on a free core."""
     with _one_line_errors():
         names = [model.name for model in SHIPPED_MODELS]
         if unknown := [name for name in only or [] if name not in names]:
