@@ -33,16 +33,16 @@ def test_encodings_are_undone_last_first(data: bytes, encoding: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 def test_bomb_is_cut_at_the_limit(encoding: str) -> None:
-    """A small body that inflates to a gigabyte is refused without holding much more than the limit."""
+    """A small body that inflates to forty megabytes is refused without holding much more than the limit."""
     inflater = zlib.compressobj(9, wbits=31 if encoding == "gzip" else 15)
     megabyte = bytes(1024 * 1024)
-    bomb = b"".join(inflater.compress(megabyte) for _ in range(200)) + inflater.flush()
+    bomb = b"".join(inflater.compress(megabyte) for _ in range(40)) + inflater.flush()
     tracemalloc.start()
     with pytest.raises(PayloadTooLarge, match="at most 1000000 bytes decompressed"):
         decompress(bomb, encoding, 1_000_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8_000_000
+    assert peak < 5_000_000
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
