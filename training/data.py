@@ -192,7 +192,8 @@ def _load_folder(folder: Path, image_size_px: tuple[int, int] | None, channels: 
             f"data {folder}: expected at least {FEWEST_ITEMS} readable pictures, found {len(pictures)}"
             + (f" and {len(skipped)} unreadable, the first: {next(iter(skipped.items()))}" if skipped else "")
         )
-    images = torch.from_numpy(np.stack(pictures))
+    # Pictures come with their channels last in memory, and a convolution rounds differently for that.
+    images = torch.from_numpy(np.ascontiguousarray(np.stack(pictures)))
     if channels is None and bool((images == images[:, :1]).all()):
         images = images[:, :1].contiguous()
     labels, label_names = _labels(folder, used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -150,10 +151,12 @@ def make_artifact(
     files = {
         MODEL_FILE: model,
         CALIBRATION_FILE: scores,
-        SELF_TEST_FILE: self_test_vectors(exported, methods, rows),
+        # By a module fresh from its file, as the service's is when it runs them.
+        SELF_TEST_FILE: self_test_vectors(ExportedModule(model), methods, rows),
     }
     ref = write_artifact(store, manifest, files)
     if failed := [d for d in verify_artifact(read_artifact(ref)) if not d.within_tolerance]:
+        shutil.rmtree(ref.path)
         raise TrainingError(f"{ref}: self-test: {failed[0].capability} differs by {failed[0].largest:.2g}")
     return ref
 

@@ -58,6 +58,7 @@ def test_folder_reads_every_picture_as_serving_does(picture_folder: Path) -> Non
     """A folder's pictures go through the service's own function; unreadable files are listed and skipped."""
     dataset = load_dataset(str(picture_folder), Path("unused"))
     assert dataset.images.shape == (60, 3, 20, 24)
+    assert dataset.images.is_contiguous()
     assert dataset.label_names == ("bolts", "nuts")
     assert dataset.labels is not None
     assert dataset.labels.bincount().tolist() == [30, 30]
