@@ -41,6 +41,8 @@ def test_verdicts_are_complete_and_consistent(
         assert result["target_fpr"] == (0.01 if target_fpr is None else target_fpr)
         assert result["calibration_id"] == manifest["calibration"]["id"]
         assert result["p_value"] == (1 + int((normal >= np.float32(result["score"])).sum())) / 100
+        # Written as the scores are, as float32: else a score equal to the threshold could be read as above it.
+        assert result["threshold"] == float(str(np.float32(result["threshold"])))
         assert result["is_anomaly"] is (result["p_value"] <= result["target_fpr"])
         assert result["is_anomaly"] is (result["score"] > result["threshold"])
         assert (result["extrapolated"], result["components"]) == (False, {})

@@ -168,7 +168,7 @@ BAD_DOCUMENTS: dict[str, tuple[object, str]] = {
     "instances is a string": ({"instances": "x"}, "instances: expected a list, found a string"),
     "unknown members": (
         {"instances": [flat()], "masks": [], "idz": 1},
-        "body: expected the members instances and ids, found 'idz', 'masks'",
+        "body: expected the members instances and ids, found 'masks', 'idz'",
     ),
     "too few ids": ({"instances": [flat()] * 2, "ids": ["a"]}, "ids: expected a list of 2, one per item, found 1 ids"),
     "too many ids": ({"instances": [flat()], "ids": [1, 2]}, "ids: expected a list of 1, one per item, found 2 ids"),
@@ -186,6 +186,18 @@ def test_bad_document_is_refused_by_field(name: str) -> None:
     document, message = BAD_DOCUMENTS[name]
     with pytest.raises(InvalidInput, match=message):
         read(json.dumps(document).encode())
+
+
+def test_only_some_of_many_names_are_told() -> None:
+    """Of members without number the first few are named."""
+    many = {f"m{index}": 1 for index in range(100_000)}
+    told = "'m0', 'm1', 'm2', 'm3', 'm4', 'm5', 'm6', 'm7', …$"
+    with pytest.raises(InvalidInput, match=f"instances and ids, found {told}"):
+        read(many)
+    with pytest.raises(InvalidInput, match=f"found an object with {told}"):
+        read({"instances": [many]})
+    with pytest.raises(InvalidInput, match=r"unknown features 'm0', .*'m7', …; missing features 'age'"):
+        read({"instances": [many]}, spec=RECORD)
 
 
 def test_too_many_items_are_too_large() -> None:
