@@ -1,7 +1,7 @@
 # The project's commands; `make help` lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test check format models image image-check lock clean
+.PHONY: help setup run test bench check format models image image-check lock clean
 
 # PYTHON: the interpreter that makes .venv; found by scripts/find-python.sh where it is not named.
 PYTHON ?=
@@ -46,6 +46,9 @@ check: setup  ## What CI runs: format, lint, types, import contracts, tests
 	@.venv/bin/lint-imports
 	@$(MAKE) --no-print-directory test
 
+bench: setup  ## Measure this service against its peers, 15 minutes or so (BENCH_FLAGS=--help)
+	@$(python) -m benchmarks $(BENCH_FLAGS)
+
 format: setup  ## Format the code and repair what the linter can
 	@$(python) -m ruff format .
 	@$(python) -m ruff check --fix .
@@ -63,5 +66,5 @@ lock:  ## Write constraints.txt anew from the ranges of pyproject.toml (Python 3
 	@PYTHON="$(PYTHON)" sh scripts/lock.sh
 
 clean:  ## Remove .venv, caches and build products; models, data and runs stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
-	find app training tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .bench build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	find app training benchmarks tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The performance benchmarks: `make bench`, or `python -m benchmarks --help`."""
