@@ -28,6 +28,7 @@ class Capability(StrEnum):
     DECODE = "decode"
     RECONSTRUCT = "reconstruct"
     DENOISE = "denoise"
+    INPAINT = "inpaint"
     ANOMALY_SCORE = "anomaly_score"
     SAMPLE = "sample"
 
@@ -88,6 +89,11 @@ class InputSpec(_Strict):
         """Number of values in one item."""
         return math.prod(self.shape)
 
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """Shape of the mask that goes with one item: 1 where a value is missing, the same for all channels."""
+        return (1, *self.shape[1:]) if len(self.shape) == 3 else self.shape
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.picture is not None:
@@ -110,6 +116,18 @@ class CalibrationEntry(_Strict):
     count: PositiveInt
     source: str = Field(description="The data set and the part of it that was scored.")
     default_target_fpr: float = Field(0.01, gt=0, lt=1)
+
+
+class ProjectionEntry(_Strict):
+    """How latent vectors become points of a map: (z − mean) · componentsᵀ, with reference points to draw around them.
+
+    `file` is an .npz with float32 arrays `mean` (latent_dim,), `components` (2, latent_dim), `points` (n, 2) of held-out
+    items, and int32 `labels` (n,), indices into the manifest's `labels`, -1 where an item has none.
+    """
+
+    file: FileName
+    method: str = Field(description="How the components were found, such as pca.")
+    count: PositiveInt = Field(description="Number of reference points.")
 
 
 class Metric(_Strict):
@@ -174,6 +192,13 @@ class Manifest(_Strict):
         default_factory=dict, description="What the artifact was found unable to do, each with the measured reason."
     )
     default_for: tuple[Capability, ...] = ()
+    labels: tuple[str, ...] | None = Field(
+        None, description="Names of the classes that `sample` takes the indices of, as a third input."
+    )
+    interpolation: Literal["linear", "spherical"] = Field(
+        "linear", description="The way from one latent vector to another that stays among likely ones."
+    )
+    projection: ProjectionEntry | None = None
     max_batch_size: PositiveInt = 64
     calibration: CalibrationEntry | None = None
     self_test: SelfTest
@@ -185,6 +210,8 @@ class Manifest(_Strict):
         named = {"model_file": self.model_file, "self_test.file": self.self_test.file}
         if self.calibration is not None:
             named["calibration.file"] = self.calibration.file
+        if self.projection is not None:
+            named["projection.file"] = self.projection.file
         for field, file in named.items():
             if file not in self.files:
                 raise ValueError(f"{field}: {file} is not listed under files")
@@ -203,13 +230,16 @@ class Manifest(_Strict):
     def _check_signatures(self) -> None:
         """The shapes that the service relies on; further outputs after the first are the artifact's own."""
         item, latent = self.input.shape, (self.latent_dim,)
-        expected: dict[Capability, tuple[list[Shape | tuple[int | None]], Shape | tuple[int | None]]] = {
+        # The label, an index or -1 for any, comes third where there are labels.
+        noise = [(), latent] if self.labels is None else [(), latent, ()]
+        expected: dict[Capability, tuple[list[tuple[int | None, ...]], tuple[int | None, ...]]] = {
             Capability.ENCODE: ([item], latent),
             Capability.DECODE: ([latent], item),
             Capability.RECONSTRUCT: ([item], item),
             Capability.DENOISE: ([item], item),
+            Capability.INPAINT: ([item, self.input.mask_shape], item),
             Capability.ANOMALY_SCORE: ([item], ()),
-            Capability.SAMPLE: ([(), latent], item),
+            Capability.SAMPLE: (noise, item),
         }
         for capability, method in self.capabilities.items():
             inputs, output = expected[capability]

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,22 @@ class ArtifactRef:
 
     def __str__(self) -> str:
         return f"{self.name}:{self.version}"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A map of the latent space: a point is (z − mean) · componentsᵀ; `points` (n, 2) of known items lie around it, with
+    their `labels` (n,), indices into the manifest's, -1 for none.
+    """
+
+    mean: NDArray[np.float32]  # (latent_dim,)
+    components: NDArray[np.float32]  # (2, latent_dim)
+    points: NDArray[np.float32]  # (n, 2)
+    labels: NDArray[np.int32]  # (n,)
+
+    def project(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(batch, latent_dim) → (batch, 2)."""
+        return (latents - self.mean) @ self.components.T
 
 
 @dataclass(frozen=True)
@@ -66,12 +83,33 @@ class Artifact:
             )
         return calibration
 
+    def projection(self) -> Projection | None:
+        """The map of the latent space, if the artifact has one. Raises ArtifactRefused."""
+        entry = self.manifest.projection
+        if entry is None:
+            return None
+        arrays = self._arrays(entry.file)
+        d, n = self.manifest.latent_dim, entry.count
+        expected = {"mean": (d,), "components": (2, d), "points": (n, 2), "labels": (n,)}
+        found = {name: array.shape for name, array in arrays.items()}
+        if found != expected:
+            raise ArtifactRefused(f"{entry.file}: expected arrays of {expected}, found {found}")
+        return Projection(
+            mean=arrays["mean"].astype(np.float32),
+            components=arrays["components"].astype(np.float32),
+            points=arrays["points"].astype(np.float32),
+            labels=arrays["labels"].astype(np.int32),
+        )
+
     def self_test_vectors(self) -> dict[str, NDArray[np.float32]]:
         """Arrays by `<method>/in/<name>` and `<method>/out/<name>`. Raises ArtifactRefused."""
-        file = self.manifest.self_test.file
+        arrays = self._arrays(self.manifest.self_test.file)
+        return {key: np.asarray(array, dtype=np.float32) for key, array in arrays.items()}
+
+    def _arrays(self, file: str) -> dict[str, NDArray[Any]]:
         try:
             with np.load(io.BytesIO(self.files[file]), allow_pickle=False) as archive:
-                return {key: np.asarray(archive[key], dtype=np.float32) for key in archive.files}
+                return {key: archive[key] for key in archive.files}
         except Exception as error:  # numpy's zip reader raises whatever the damage leads to
             raise ArtifactRefused(f"{file}: not a readable .npz: {error}") from error
 
