@@ -18,7 +18,7 @@ import torch
 
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import Capability, Manifest
-from app.artifacts.store import Artifact, ArtifactRef, list_artifacts, read_artifact
+from app.artifacts.store import Artifact, ArtifactRef, Projection, list_artifacts, read_artifact
 from app.batching.batcher import Answered, Batcher, BatchRecord
 from app.batching.queue import Lane
 from app.errors import (
@@ -52,6 +52,7 @@ class ServedModel:
 
     manifest: Manifest
     calibration: Calibration | None
+    projection: Projection | None
     lanes: dict[Capability, Lane[Row, Row]]
     batcher: Batcher
 
@@ -175,28 +176,29 @@ class Catalog:
             reasons.append(self._nothing_served())
         return reasons
 
-    def find(self, wanted: str | None, capability: Capability) -> ServedModel:
+    def find(self, wanted: str | None, *needed: Capability) -> ServedModel:
         """The model that a request means.
 
         Args:
-            wanted: `name`, `name:version`, or None for the default of the capability.
-            capability: what it must be able to do.
+            wanted: `name`, `name:version`, or None for the default of the first capability.
+            needed: what it must be able to do.
 
         Raises ModelNotFound, ModelUnavailable, NotReady, NoModels, InvalidParameter or CapabilityNotSupported.
         """
-        model = self._default(capability) if wanted is None else self._named(wanted)
-        if capability not in model.manifest.capabilities:
-            reason = model.manifest.unsupported.get(capability)
-            able = self._able(capability)
-            raise CapabilityNotSupported(
-                f"{model} does not support {capability}"
-                + (f": {reason}" if reason else "")
-                + (
-                    f"; models that do: {', '.join(other.manifest.name for other in able)}"
-                    if able
-                    else "; no model here does"
+        model = self._default(needed) if wanted is None else self._named(wanted)
+        for missing in needed:
+            if missing not in model.manifest.capabilities:
+                reason = model.manifest.unsupported.get(missing)
+                able = self._able(needed)
+                raise CapabilityNotSupported(
+                    f"{model} does not support {missing}"
+                    + (f": {reason}" if reason else "")
+                    + (
+                        f"; models that do: {', '.join(other.manifest.name for other in able)}"
+                        if able
+                        else "; no model here does"
+                    )
                 )
-            )
         return model
 
     def _served(self) -> list[ServedModel]:
@@ -204,25 +206,25 @@ class Catalog:
         models = (self.default_version(name) for name in sorted(self._versions))
         return [model for model in models if model is not None]
 
-    def _able(self, capability: Capability) -> list[ServedModel]:
-        return [model for model in self._served() if capability in model.manifest.capabilities]
+    def _able(self, needed: Sequence[Capability]) -> list[ServedModel]:
+        return [model for model in self._served() if model.manifest.capabilities.keys() >= set(needed)]
 
-    def _default(self, capability: Capability) -> ServedModel:
-        able = self._able(capability)
+    def _default(self, needed: Sequence[Capability]) -> ServedModel:
+        able = self._able(needed)
         if able:
             # Of equals, min takes the first, and they come by name.
             return min(
                 able,
                 key=lambda model: (
                     model.manifest.name != self._default_model,
-                    capability not in model.manifest.default_for,
+                    needed[0] not in model.manifest.default_for,
                 ),
             )
         if not self._listed or any(v.state is State.LOADING for versions in self._versions.values() for v in versions):
             raise NotReady("models are still loading")
         if not self._served():
             raise NoModels(self._nothing_served(), retry_after_s=5)
-        raise CapabilityNotSupported(f"no model here supports {capability}")
+        raise CapabilityNotSupported(f"no model here supports {' and '.join(needed)}")
 
     def _named(self, wanted: str) -> ServedModel:
         name, colon, number = wanted.partition(":")
@@ -329,7 +331,7 @@ class Catalog:
     def _serve(self, artifact: Artifact, replicas: Sequence[LoadedModel]) -> ServedModel:
         manifest = artifact.manifest
         lanes = {capability: self._lane(manifest, replicas, capability) for capability in manifest.capabilities}
-        return ServedModel(manifest, artifact.calibration(), lanes, self.batcher)
+        return ServedModel(manifest, artifact.calibration(), artifact.projection(), lanes, self.batcher)
 
     def _lane(self, manifest: Manifest, replicas: Sequence[LoadedModel], capability: Capability) -> Lane[Row, Row]:
         inputs = manifest.capabilities[capability].inputs

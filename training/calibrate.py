@@ -30,5 +30,11 @@ def calibrate(exported: ExportedModule, images: Tensor, source: str) -> tuple[Ca
     calibration = Calibration.from_scores(scores)
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(calibration.scores, dtype="<f4"), allow_pickle=False)
-    entry = CalibrationEntry(id=calibration.id, file=CALIBRATION_FILE, count=len(calibration.scores), source=source)
+    entry = CalibrationEntry(
+        id=calibration.id,
+        file=CALIBRATION_FILE,
+        count=len(calibration.scores),
+        source=source,
+        default_target_fpr=max(0.01, calibration.finest_target_fpr),  # few normals cannot support 1 %
+    )
     return calibration, entry, buffer.getvalue()

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from app.artifacts.manifest import Capability, Method, TensorSpec
+from app.artifacts.manifest import Capability, InputSpec, Method, TensorSpec
 from training.autoencoders import Autoencoder
 from training.errors import TrainingError
 
@@ -59,6 +59,17 @@ class _Denoise(_Method):
         return self.network.reconstruct(x)
 
 
+class _Inpaint(_Method):
+    @torch.jit.export
+    def inpaint(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(batch, *item), (batch, 1, height, width) or (batch, features), 1 = missing → (batch, *item).
+
+        What is missing is taken for the lowest value before the network sees it; what is known comes back as it is.
+        """
+        known = x * (1 - mask)
+        return known + self.network.reconstruct(known) * mask
+
+
 class _AnomalyScore(_Method):
     @torch.jit.export
     def anomaly_score(self, x: Tensor) -> Tensor:
@@ -82,6 +93,7 @@ METHODS: dict[Capability, type[nn.Module]] = {
     Capability.DECODE: _Decode,
     Capability.RECONSTRUCT: _Reconstruct,
     Capability.DENOISE: _Denoise,
+    Capability.INPAINT: _Inpaint,
     Capability.ANOMALY_SCORE: _AnomalyScore,
     Capability.SAMPLE: _Sample,
 }
@@ -156,11 +168,13 @@ def signatures(
 ) -> dict[Capability, Method]:
     """Inputs and outputs of each method, as the manifest states them."""
     x, z = ("x", item_shape), ("z", (latent_dim,))
+    mask = ("mask", InputSpec(shape=item_shape).mask_shape)
     table: dict[Capability, tuple[list[tuple[str, tuple[int, ...]]], tuple[str, tuple[int, ...]]]] = {
         Capability.ENCODE: ([x], ("latent", (latent_dim,))),
         Capability.DECODE: ([z], ("reconstruction", item_shape)),
         Capability.RECONSTRUCT: ([x], ("reconstruction", item_shape)),
         Capability.DENOISE: ([x], ("denoised", item_shape)),
+        Capability.INPAINT: ([x, mask], ("inpainted", item_shape)),
         Capability.ANOMALY_SCORE: ([x], ("score", ())),
         Capability.SAMPLE: ([("u", ()), ("eps", (latent_dim,))], ("sample", item_shape)),
     }
@@ -215,7 +229,9 @@ def method_inputs(
     rows = len(items)
     z, eps = (torch.randn(rows, latent_dim, generator=noise) for _ in range(2))
     u = torch.rand(rows, generator=noise)
-    special = {Capability.DECODE: (z,), Capability.SAMPLE: (u, eps)}
+    mask_shape = InputSpec(shape=tuple(items.shape[1:])).mask_shape
+    mask = torch.rand(rows, *mask_shape, generator=noise).round()
+    special = {Capability.DECODE: (z,), Capability.SAMPLE: (u, eps), Capability.INPAINT: (items, mask)}
     return {capability: special.get(capability, (items,)) for capability in capabilities}
 
 

@@ -15,6 +15,7 @@ from starlette.types import Receive
 
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import Capability, Manifest
+from app.artifacts.store import Projection
 from app.catalog import Catalog, ServedModel
 from app.codecs.bodies import Body, decompress, parse_content_type
 from app.errors import DeadlineExceeded, InvalidParameter, PayloadTooLarge
@@ -88,6 +89,11 @@ class Model:
     def calibration(self) -> Calibration | None:
         """The scores that verdicts are measured against."""
         return self.served.calibration
+
+    @property
+    def projection(self) -> Projection | None:
+        """The map of the latent space."""
+        return self.served.projection
 
     async def run(self, capability: Capability, *arguments: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """The exported method's outputs, each (n, …), for arguments of n rows each; raises as `Batcher.submit` does."""

@@ -43,6 +43,7 @@ class ModelEntry(BaseModel):
     capabilities: list[str] = Field(default_factory=list)
     unsupported: dict[str, str] = Field(default_factory=dict, description="What it cannot do, with the reason.")
     default_for: list[str] = Field(default_factory=list)
+    labels: list[str] | None = Field(None, description="Classes that `/sample` takes as `label`.")
     input: InputEntry | None = None
     latent_dim: int | None = None
     max_batch_size: int | None = None
@@ -57,6 +58,20 @@ class ModelList(BaseModel):
     models: list[ModelEntry]
 
 
+class MapEntry(BaseModel):
+    """Known items on a model's map."""
+
+    model: str
+    version: int
+    method: str = Field(description="How the map was found, such as pca.")
+    points: list[tuple[float, float]] = Field(description="[x, y] of each known item.")
+    labels: list[str | None] = Field(description="Its class, where it has one.")
+
+
+# Declared by hand: FastAPI would document a 422 of its own form, which no string can cause.
+_NAME_PARAMETER = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+
+
 @router.get("/models", response_model=ModelList, summary="Every model")
 async def list_models(request: Request) -> Response:
     """Every model of the store with its versions' states."""
@@ -69,8 +84,7 @@ async def list_models(request: Request) -> Response:
     response_model=ModelEntry,
     summary="One model",
     responses=problem_responses([errors.ModelNotFound]),
-    # Declared by hand: FastAPI would document a 422 of its own form, which no string can cause.
-    openapi_extra={"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]},
+    openapi_extra=_NAME_PARAMETER,
 )
 async def show_model(request: Request) -> Response:
     """One model of the store."""
@@ -79,6 +93,30 @@ async def show_model(request: Request) -> Response:
     if name not in models:
         raise errors.ModelNotFound(f"model: expected one of {', '.join(sorted(models)) or 'none'}; found {name!r}")
     return json_response(_entry(request, name, models[name]))
+
+
+@router.get(
+    "/models/{name}/projection",
+    response_model=MapEntry,
+    summary="A model's map",
+    responses=problem_responses([errors.ModelNotFound, errors.ModelUnavailable, errors.CapabilityNotSupported]),
+    openapi_extra=_NAME_PARAMETER,
+)
+async def show_projection(request: Request) -> Response:
+    """Known items on the map that `/encode?project=true` places others on."""
+    served = catalog_of(request).find(request.path_params["name"])
+    if served.projection is None:
+        raise errors.CapabilityNotSupported(f"{served} has no map of its latent space")
+    labels = served.manifest.labels or ()
+    return json_response(
+        {
+            "model": served.manifest.name,
+            "version": served.manifest.version,
+            "method": served.manifest.projection and served.manifest.projection.method,
+            "points": served.projection.points,
+            "labels": [labels[index] if 0 <= index < len(labels) else None for index in served.projection.labels],
+        }
+    )
 
 
 def _models(request: Request) -> dict[str, list[VersionState]]:
@@ -112,6 +150,7 @@ def _entry(request: Request, name: str, versions: list[VersionState]) -> dict[st
         "capabilities": sorted(manifest.capabilities),
         "unsupported": {str(capability): reason for capability, reason in manifest.unsupported.items()},
         "default_for": manifest.default_for,
+        "labels": manifest.labels,
         "input": {
             "shape": manifest.input.shape,
             "range": manifest.input.range,

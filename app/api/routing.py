@@ -157,9 +157,13 @@ class InferenceRouter(APIRouter):
         capability: Capability,
         answers: type[BaseModel],
         query: type[QueryT],
-        raises: Sequence[type[errors.ServiceError]] = (),
+        also: tuple[Capability, ...] = (),
+        masked: bool = False,
     ) -> Callable[[Callable[[Items, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
-        """Declares `endpoint(items, model, query)` at POST `path`: items in, one `answers` per item out."""
+        """Declares `endpoint(items, model, query)` at POST `path`: items in, one `answers` per item out.
+
+        `also` names what the model must be able to do besides; `masked` wants masks beside the items.
+        """
 
         async def read(body: Body, model: Model, query: QueryT, request: Request) -> Items:
             limits = _limits(request)
@@ -167,9 +171,11 @@ class InferenceRouter(APIRouter):
             if query_invert(query) is not None and spec.range is None:
                 raise errors.InvalidParameter("invert: this model takes records, which have no dark and light")
             if len(body.data) <= _INLINE_BYTES:
-                found = read_items(body, spec, limits)
+                found = read_items(body, spec, limits, masked=masked)
             else:
-                found = await anyio.to_thread.run_sync(read_items, body, spec, limits, limiter=_DECODERS)
+                found = await anyio.to_thread.run_sync(
+                    lambda: read_items(body, spec, limits, masked=masked), limiter=_DECODERS
+                )
             if found.pixels <= _INLINE_PIXELS:
                 return bring_to_input(found, spec, invert=query_invert(query))
             return await anyio.to_thread.run_sync(
@@ -182,9 +188,10 @@ class InferenceRouter(APIRouter):
             answers=answers,
             query=query,
             read=read,
-            request_body=ITEMS_BODY,
+            also=also,
+            request_body=MASKED_BODY if masked else ITEMS_BODY,
             body_required=True,
-            raises=(*COMMON_ERRORS, errors.ImageNotDecodable, *raises),
+            raises=(*COMMON_ERRORS, errors.ImageNotDecodable),
         )
 
     def body(
@@ -225,6 +232,7 @@ class InferenceRouter(APIRouter):
         request_body: dict[str, Any],
         body_required: bool,
         raises: Sequence[type[errors.ServiceError]],
+        also: tuple[Capability, ...] = (),
         beside: dict[str, Any] | None = None,
     ) -> Callable[[Callable[[Any, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
         def decorate(endpoint: Callable[[Any, Model, QueryT], Awaitable[Results]]) -> Callable[..., Awaitable[Results]]:
@@ -237,7 +245,7 @@ class InferenceRouter(APIRouter):
                 if media_type is None:
                     raise errors.NotAcceptable(f"accept: expected {JSON}, {PNG} or {NPY}, found {accept!r}")
                 terms = read_terms(scope, headers, settings)
-                model = Model(catalog_of(request).find(parameters.model, capability), terms)
+                model = Model(catalog_of(request).find(parameters.model, capability, *also), terms)
                 started = time.perf_counter()
                 body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
                 with until_disconnect(request.receive):
@@ -464,6 +472,35 @@ ITEMS_BODY: dict[str, Any] = {
             "type": "string",
             "format": "binary",
             "description": "float16, float32, float64 or uint8: one item, (n, *shape) or (n, flat).",
+        }
+    },
+}
+
+_JSON_MASKS = {
+    "type": "array",
+    "minItems": 1,
+    "description": "One for all items or one for each: height × width numbers, 1 = missing, or "
+    '{"b64": "<picture file>"}, light = missing.',
+    "items": {},
+}
+MASKED_BODY: dict[str, Any] = {
+    JSON: {
+        "schema": {
+            **ITEMS_BODY[JSON]["schema"],
+            "required": ["instances", "masks"],
+            "properties": {**ITEMS_BODY[JSON]["schema"]["properties"], "masks": _JSON_MASKS},
+        }
+    },
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "required": ["mask"],
+            "properties": {
+                "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                "mask": {"type": "array", "items": {"type": "string", "format": "binary"}},
+            },
+            "description": "Picture files under any field name, and masks, light = missing, as parts named `mask`: "
+            "one for all pictures or one for each.",
         }
     },
 }

@@ -121,8 +121,8 @@ class CalibrationEntry(_Strict):
 class ProjectionEntry(_Strict):
     """How latent vectors become points of a map: (z − mean) · componentsᵀ, with reference points to draw around them.
 
-    `file` is an .npz with float32 arrays `mean` (latent_dim,), `components` (2, latent_dim), `points` (n, 2) of held-out
-    items, and int32 `labels` (n,), indices into the manifest's `labels`, -1 where an item has none.
+    `file` is an .npz with float32 arrays `mean` (latent_dim,), `components` (2, latent_dim), `points` (count, 2) of
+    held-out items, and int32 `labels` (count,), indices into the manifest's `labels`, -1 where an item has none.
     """
 
     file: FileName
@@ -212,6 +212,12 @@ class Manifest(_Strict):
             named["calibration.file"] = self.calibration.file
         if self.projection is not None:
             named["projection.file"] = self.projection.file
+        calibration = self.calibration
+        if calibration is not None and calibration.default_target_fpr < 1 / (calibration.count + 1):
+            raise ValueError(
+                f"calibration.default_target_fpr: {calibration.count} scores support rates down to "
+                f"1/{calibration.count + 1}, found {calibration.default_target_fpr:g}"
+            )
         for field, file in named.items():
             if file not in self.files:
                 raise ValueError(f"{field}: {file} is not listed under files")

@@ -88,6 +88,25 @@ def picture_to_input(image: Image.Image, spec: InputSpec, *, invert: bool | None
     return pixels_to_range(pixels, spec)
 
 
+def mask_to_input(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
+    """Brings a mask picture, light where something is missing, to the model's input as a picture of that size would be.
+
+    Returns (1, height, width): 1 where any part of the pixel is missing, else 0; what is padded is not missing.
+
+    Raises ImageNotDecodable if the pixels cannot be decoded.
+    """
+    if spec.picture is None:
+        raise ValueError("input: expected a manifest that describes a picture")
+    _, height, width = spec.shape
+    try:
+        image.seek(0)
+        image = _to_eight_bits(_upright(image)).convert("L").point(lambda value: 255 * (value > 127))
+    except Exception as error:  # Pillow's plugins raise whatever hostile bytes lead them to
+        raise ImageNotDecodable(f"mask: damaged {image.format or 'file'}: {error}") from error
+    fitted = _fit(image, (width, height), spec.picture.model_copy(update={"resample": "box"}), fill=0)
+    return (np.asarray(fitted) > 0).astype(np.float32)[np.newaxis]
+
+
 def pixels_to_range(pixels: NDArray[np.uint8], spec: InputSpec) -> NDArray[np.float32]:
     """Pixels 0…255 of any shape, in the manifest's range: divided by 255 in float32 where that is 0 to 1."""
     low, high = spec.range or (0.0, 1.0)
@@ -133,8 +152,10 @@ def _border_median(image: Image.Image) -> float:
     return float(np.median(_border(image)))
 
 
-def _fit(image: Image.Image, size: tuple[int, int], spec: PictureSpec) -> Image.Image:
-    """The picture at (width, height)."""
+def _fit(
+    image: Image.Image, size: tuple[int, int], spec: PictureSpec, fill: int | tuple[int, ...] | None = None
+) -> Image.Image:
+    """The picture at (width, height), padded with `fill` or the border's median."""
     if image.size == size:
         return image
     filter_ = _RESAMPLE[spec.resample]
@@ -142,8 +163,10 @@ def _fit(image: Image.Image, size: tuple[int, int], spec: PictureSpec) -> Image.
         return image.resize(size, filter_)
     if spec.fit == "crop":
         return ImageOps.fit(image, size, filter_)
-    fill = np.median(_border(image), axis=0).astype(int)
-    canvas = Image.new(image.mode, size, tuple(fill.tolist()) if fill.ndim else int(fill))
+    if fill is None:
+        median = np.median(_border(image), axis=0).astype(int)
+        fill = tuple(median.tolist()) if median.ndim else int(median)
+    canvas = Image.new(image.mode, size, fill)
     scale = min(size[0] / image.width, size[1] / image.height)
     # At least a pixel: a picture of 10000 × 1 must not shrink to nothing.
     inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

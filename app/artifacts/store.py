@@ -39,8 +39,9 @@ class ArtifactRef:
 
 @dataclass(frozen=True)
 class Projection:
-    """A map of the latent space: a point is (z − mean) · componentsᵀ; `points` (n, 2) of known items lie around it, with
-    their `labels` (n,), indices into the manifest's, -1 for none.
+    """A map of the latent space: where a latent vector lies on it, and known items around.
+
+    A point is (z − mean) · componentsᵀ. `labels` are indices into the manifest's, -1 for none.
     """
 
     mean: NDArray[np.float32]  # (latent_dim,)
@@ -50,7 +51,7 @@ class Projection:
 
     def project(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """(batch, latent_dim) → (batch, 2)."""
-        return (latents - self.mean) @ self.components.T
+        return np.asarray((latents - self.mean) @ self.components.T, dtype=np.float32)
 
 
 @dataclass(frozen=True)

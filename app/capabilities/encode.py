@@ -8,6 +8,7 @@ from app.api.dependencies import Model
 from app.api.routing import InferenceRouter, ItemsQuery, Results
 from app.artifacts.manifest import Capability
 from app.codecs.items import Items
+from app.errors import CapabilityNotSupported
 
 router = InferenceRouter(tags=["inference"])
 
@@ -16,13 +17,30 @@ class Encoded(BaseModel):
     """One item's latent vector."""
 
     latent: list[float] = Field(description="Latent vector, latent_dim values.")
+    projection: tuple[float, float] | None = Field(
+        None, description="Where the latent vector lies on the model's map, [x, y]; with `project=true` alone."
+    )
 
 
-@router.items("/encode", capability=Capability.ENCODE, answers=Encoded, query=ItemsQuery)
-async def encode(items: Items, model: Model, query: ItemsQuery) -> Results:
+class EncodeQuery(ItemsQuery):
+    """Query parameters of /encode."""
+
+    project: bool = Field(
+        False,
+        description="`true` adds the place on the model's map, whose known points are in "
+        "`GET /models/{name}/projection`.",
+    )
+
+
+@router.items("/encode", capability=Capability.ENCODE, answers=Encoded, query=EncodeQuery)
+async def encode(items: Items, model: Model, query: EncodeQuery) -> Results:
     """Map each item to its latent vector.
 
     A variational autoencoder answers the mean of the posterior, never a sample.
     """
     (latent,) = await model.run(Capability.ENCODE, items.values)  # (n, latent_dim)
-    return Results({"latent": latent}, main=latent)
+    if not query.project:
+        return Results({"latent": latent}, main=latent)
+    if model.projection is None:
+        raise CapabilityNotSupported(f"{model} has no map of its latent space, so nothing can be projected")
+    return Results({"latent": latent, "projection": model.projection.project(latent)}, main=latent)

@@ -30,7 +30,9 @@ class SampleRequest(BaseModel):
     temperature: float = Field(
         1.0, ge=0, le=1e6, allow_inf_nan=False, description="Scales the noise: 0 is the mode, 1 the learnt spread."
     )
-    label: None = Field(None, description="Class to draw from; null, since no model takes one yet.")
+    label: int | str | None = Field(
+        None, description="Class to draw from, one of the model's `labels`; unset: any, as often as it was learnt."
+    )
 
 
 class Sampled(BaseModel):
@@ -58,8 +60,24 @@ async def sample(content: Content, model: Model, query: ModelQuery) -> Results:
     noise_spec = model.manifest.capabilities[Capability.SAMPLE].inputs[1]
     u = generator.random(wanted.count, dtype=np.float32)  # (count,), chooses a mixture's component
     eps = generator.standard_normal((wanted.count, *noise_spec.shape), dtype=np.float32)
-    (samples,) = await model.run(Capability.SAMPLE, u, eps * np.float32(wanted.temperature))  # (count, *shape)
+    arguments = [u, eps * np.float32(wanted.temperature)]
+    label = _label_index(wanted.label, model)
+    if model.manifest.labels is not None:
+        arguments.append(np.full(wanted.count, label, dtype=np.float32))
+    (samples,) = await model.run(Capability.SAMPLE, *arguments)  # (count, *shape)
     return Results({"sample": samples}, main=samples, pictures="sample", beside={"seed": seed})
+
+
+def _label_index(label: int | str | None, model: Model) -> int:
+    """The index of a class among the model's labels; -1 for any. Raises InvalidParameter."""
+    if label is None:
+        return -1
+    labels = model.manifest.labels
+    if labels is None:
+        raise InvalidParameter(f"label: {model} was made without classes, found {label!r}")
+    if str(label) not in labels:
+        raise InvalidParameter(f"label: expected one of {', '.join(labels)}; found {label!r}")
+    return labels.index(str(label))
 
 
 def _parse(body: Body) -> SampleRequest:

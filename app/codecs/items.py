@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.artifacts.manifest import InputSpec
-from app.artifacts.pictures import open_picture, picture_to_input, pixels_to_range
+from app.artifacts.pictures import mask_to_input, open_picture, picture_to_input, pixels_to_range
 from app.codecs.bodies import Body, parse_json
-from app.codecs.multipart import parse_multipart
+from app.codecs.multipart import Part, parse_multipart
 from app.codecs.npy import decode_npy
 from app.errors import (
     ImageNotDecodable,
@@ -48,41 +48,52 @@ class ReadItems:
 
     entries: Sequence[NDArray[np.float32] | Image.Image]
     ids: list[Any] | None = None
+    masks: Sequence[NDArray[np.float32] | Image.Image] = ()
 
     @property
     def pixels(self) -> int:
         """How many pixels are still to be decoded."""
-        return sum(entry.width * entry.height for entry in self.entries if isinstance(entry, Image.Image))
+        pictures = [entry for entry in (*self.entries, *self.masks) if isinstance(entry, Image.Image)]
+        return sum(picture.width * picture.height for picture in pictures)
 
 
 @dataclass(frozen=True)
 class Items:
-    """A request's items: `values` (n, *shape) float32 in the manifest's range, and the caller's ids, if any."""
+    """A request's items: `values` (n, *shape) float32 in the manifest's range, and the caller's ids, if any.
+
+    `masks` (n, *mask_shape), 1 where a value is missing, where the route takes them.
+    """
 
     values: NDArray[np.float32]
     ids: list[Any] | None = None
+    masks: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
 
 
-def read_items(body: Body, spec: InputSpec, limits: Limits) -> ReadItems:
+def read_items(body: Body, spec: InputSpec, limits: Limits, *, masked: bool = False) -> ReadItems:
     """The items of a request's body, by its media type; no media type means JSON.
+
+    `masked` wants masks beside them: a member `masks` in JSON, parts named `mask` in multipart; one per item or one
+    for all.
 
     Raises UnsupportedMediaType, MalformedPayload, ImageNotDecodable, PayloadTooLarge, and InvalidInput or
     ShapeMismatch, naming the item's index.
     """
     if body.is_json:
-        return _read_json(body.data, spec, limits)
+        return _read_json(body.data, spec, limits, masked=masked)
+    if masked and body.media_type != "multipart/form-data":
+        raise UnsupportedMediaType(
+            f"content-type: expected application/json or multipart/form-data, which can hold masks, "
+            f"found {body.media_type!r}"
+        )
     if body.media_type == "application/x-npy":
         array = decode_npy(body.data)
         _check_count(len(_npy_rows(array, spec)), limits)
         return ReadItems(list(_npy_to_range(_npy_rows(array, spec), spec)))
     if body.media_type == "multipart/form-data":
-        parts = parse_multipart(body, limits.max_rows)
-        if not parts:
-            raise InvalidInput("multipart: expected at least one picture file, found no part")
-        return ReadItems([_open(part.data, index, spec, limits) for index, part in enumerate(parts)])
+        return _read_multipart(parse_multipart(body, limits.max_rows), spec, limits, masked=masked)
     if body.media_type.startswith("image/"):
         return ReadItems([_open(body.data, 0, spec, limits)])
     raise UnsupportedMediaType(
@@ -116,7 +127,11 @@ def bring_to_input(read: ReadItems, spec: InputSpec, *, invert: bool | None) -> 
             values[index] = np.float32(low + high) - entry
         else:
             values[index] = entry
-    return Items(values, read.ids)
+    if not read.masks:
+        return Items(values, read.ids)
+    masks = np.empty((len(read.entries), *spec.mask_shape), dtype=np.float32)  # one that is read may do for all
+    masks[:] = np.stack([_mask_to_input(mask, index, spec) for index, mask in enumerate(read.masks)])
+    return Items(values, read.ids, masks)
 
 
 def check_rows(rows: NDArray[np.float32], value_range: tuple[float, float] | None) -> None:
@@ -157,16 +172,46 @@ def ids_from_json(document: dict[str, Any], count: int) -> list[Any] | None:
     return ids
 
 
-def _read_json(data: bytes, spec: InputSpec, limits: Limits) -> ReadItems:
+def _mask_to_input(mask: NDArray[np.float32] | Image.Image, index: int, spec: InputSpec) -> NDArray[np.float32]:
+    if not isinstance(mask, Image.Image):
+        return mask
+    try:
+        return mask_to_input(mask, spec)
+    except ImageNotDecodable as error:
+        raise ImageNotDecodable(f"mask {index}: {error}") from error
+    finally:
+        mask.close()
+
+
+def _read_multipart(parts: list[Part], spec: InputSpec, limits: Limits, *, masked: bool) -> ReadItems:
+    pictures = [part for part in parts if not (masked and part.field == "mask")]
+    masks = [part for part in parts if masked and part.field == "mask"]
+    if not pictures:
+        raise InvalidInput("multipart: expected at least one picture file, found no part")
+    if masked:
+        _check_mask_count(len(masks), len(pictures), "multipart: parts named mask")
+    return ReadItems(
+        [_open(part.data, index, spec, limits) for index, part in enumerate(pictures)],
+        masks=[_open(part.data, index, spec, limits, what="mask") for index, part in enumerate(masks)],
+    )
+
+
+def _check_mask_count(found: int, items: int, field: str) -> None:
+    if found not in (1, items):
+        raise InvalidInput(f"{field}: expected one for all or one for each of {items} items, found {found}")
+
+
+def _read_json(data: bytes, spec: InputSpec, limits: Limits, *, masked: bool) -> ReadItems:
     document = parse_json(data)
     if not isinstance(document, dict):
         raise InvalidInput(f'body: expected an object {{"instances": […]}}, found {_json_type(document)}')
-    if unknown := _some(name for name in document if name not in ("instances", "ids")):
-        raise InvalidInput(f"body: expected the members instances and ids, found {unknown}")
+    members = ("instances", "ids", "masks") if masked else ("instances", "ids")
+    if unknown := _some(name for name in document if name not in members):
+        raise InvalidInput(f"body: expected the members {' and '.join(members)}, found {unknown}")
     if "instances" not in document:
         raise InvalidInput("instances: missing; expected a list of items")
     instances = _list(document["instances"], "instances", limits)
-    if _holds_numbers_alone(data):
+    if not masked and _holds_numbers_alone(data):
         rows = [_row_from_json(row, index, spec.shape, numbers=True) for index, row in enumerate(instances)]
         check_rows(rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows), spec.range)
         return ReadItems(rows)
@@ -178,7 +223,35 @@ def _read_json(data: bytes, spec: InputSpec, limits: Limits) -> ReadItems:
         for index, entry in enumerate(entries):
             if not isinstance(entry, Image.Image):
                 _check_row(entry, index, spec)
-    return ReadItems(entries, ids_from_json(document, len(entries)))
+    masks = _masks_from_json(document, len(entries), spec, limits) if masked else ()
+    return ReadItems(entries, ids_from_json(document, len(entries)), masks)
+
+
+def _masks_from_json(
+    document: dict[str, Any], items: int, spec: InputSpec, limits: Limits
+) -> list[NDArray[np.float32] | Image.Image]:
+    if "masks" not in document:
+        raise InvalidInput("masks: missing; expected a list of masks, 1 = missing, one for all items or one for each")
+    masks = _list(document["masks"], "masks", limits)
+    shape = spec.mask_shape[1:] or spec.mask_shape  # (height, width) of a picture, (features,) of a record
+    if _lengths(masks) == shape:
+        masks = [masks]  # one mask for all, without a list around it
+    _check_mask_count(len(masks), items, "masks")
+    return [_mask_from_json(mask, index, shape, spec, limits) for index, mask in enumerate(masks)]
+
+
+def _mask_from_json(
+    mask: object, index: int, shape: tuple[int, ...], spec: InputSpec, limits: Limits
+) -> NDArray[np.float32] | Image.Image:
+    if isinstance(mask, dict):
+        return _open(_file_from_json(mask, f"mask {index}"), index, spec, limits, what="mask")
+    try:
+        array = _row_from_json(mask, index, shape)
+    except InvalidInput as error:
+        raise type(error)(str(error).replace("item", "mask", 1)) from error
+    if not np.isin(array, (0, 1)).all():
+        raise InvalidInput(f"mask {index}: expected 0 where a value is known and 1 where it is missing, found others")
+    return array.reshape(spec.mask_shape)
 
 
 def _holds_numbers_alone(data: bytes) -> bool:
@@ -217,17 +290,20 @@ def _entry_from_json(
     if isinstance(instance, dict):
         if spec.features is not None:
             return _record_from_json(instance, index, spec.features)
-        if instance.keys() != {"b64"} or not isinstance(instance["b64"], str):
-            raise InvalidInput(
-                f'item {index}: expected numbers or {{"b64": "<picture file>"}}, '
-                f"found an object with {_some(instance) or 'no members'}"
-            )
-        try:
-            data = base64.b64decode(instance["b64"], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise MalformedPayload(f"item {index}: b64: not base64: {error}") from error
-        return _open(data, index, spec, limits)
+        return _open(_file_from_json(instance, f"item {index}"), index, spec, limits)
     return _row_from_json(instance, index, spec.shape)
+
+
+def _file_from_json(value: dict[str, Any], where: str) -> bytes:
+    if value.keys() != {"b64"} or not isinstance(value["b64"], str):
+        raise InvalidInput(
+            f'{where}: expected numbers or {{"b64": "<picture file>"}}, '
+            f"found an object with {_some(value) or 'no members'}"
+        )
+    try:
+        return base64.b64decode(value["b64"], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MalformedPayload(f"{where}: b64: not base64: {error}") from error
 
 
 def _record_from_json(instance: dict[str, Any], index: int, features: tuple[str, ...]) -> NDArray[np.float32]:
@@ -277,22 +353,26 @@ def _row_from_json(row: object, index: int, shape: tuple[int, ...], *, numbers: 
 
 
 def _mismatch(row: list[Any], index: int, shape: tuple[int, ...], *, ragged: bool) -> ShapeMismatch:
-    found: list[int] = []
-    level: object = row
-    while isinstance(level, list):
-        found.append(len(level))
-        level = level[0] if level else None
-    what = f"{_shape(tuple(found))}{', or ragged lists' if ragged else ''}"
+    what = f"{_shape(_lengths(row))}{', or ragged lists' if ragged else ''}"
     return ShapeMismatch(f"item {index}: expected {_shape(shape)} or a flat ({math.prod(shape)},), found {what}")
 
 
-def _open(data: bytes, index: int, spec: InputSpec, limits: Limits) -> Image.Image:
+def _lengths(value: object) -> tuple[int, ...]:
+    """Lengths of nested lists, going by the first member of each."""
+    found: list[int] = []
+    while isinstance(value, list):
+        found.append(len(value))
+        value = value[0] if value else None
+    return tuple(found)
+
+
+def _open(data: bytes, index: int, spec: InputSpec, limits: Limits, *, what: str = "item") -> Image.Image:
     if spec.picture is None:
-        raise InvalidInput(f"item {index}: this model takes records of shape {_shape(spec.shape)}, found a picture")
+        raise InvalidInput(f"{what} {index}: this model takes records of shape {_shape(spec.shape)}, found a picture")
     try:
         return open_picture(data, limits.max_image_pixels)
     except ServiceError as error:
-        raise type(error)(f"item {index}: {error}") from error
+        raise type(error)(f"{what} {index}: {error}") from error
 
 
 def _npy_rows(array: NDArray[Any], spec: InputSpec) -> NDArray[Any]:

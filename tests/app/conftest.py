@@ -23,6 +23,7 @@ from app.artifacts.manifest import (
     Manifest,
     Method,
     PictureSpec,
+    ProjectionEntry,
     SelfTest,
     TensorSpec,
     TrainingProvenance,
@@ -63,6 +64,10 @@ class TinyAutoencoder(torch.nn.Module):
         return self.reconstruct(x)
 
     @torch.jit.export
+    def inpaint(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.reconstruct(x * (1 - mask))
+
+    @torch.jit.export
     def anomaly_score(self, x: torch.Tensor) -> torch.Tensor:
         return (x - self.reconstruct(x)).square().flatten(1).mean(1)
 
@@ -71,15 +76,25 @@ class TinyAutoencoder(torch.nn.Module):
         return self.decode(eps + u.unsqueeze(1))
 
 
+class LabelledAutoencoder(TinyAutoencoder):
+    """Its samples are all of the value label / 10; of .5 without a label."""
+
+    @torch.jit.export
+    def sample(self, u: torch.Tensor, eps: torch.Tensor, label: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        value = torch.where(label < 0, torch.full_like(label, 0.5), label / 10)
+        return value.reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8) + 0 * eps.sum(1).reshape(-1, 1, 1, 1)
+
+
 METHODS = {
     Capability.ENCODE: (["x"], "latent"),
     Capability.DECODE: (["latent"], "x"),
     Capability.RECONSTRUCT: (["x"], "x"),
     Capability.DENOISE: (["x"], "x"),
+    Capability.INPAINT: (["x", "mask"], "x"),
     Capability.ANOMALY_SCORE: (["x"], "score"),
     Capability.SAMPLE: (["u", "eps"], "x"),
 }
-SHAPES = {"x": SHAPE, "latent": (LATENT_DIM,), "score": (), "u": (), "eps": (LATENT_DIM,)}
+SHAPES = {"x": SHAPE, "mask": SHAPE, "label": (), "latent": (LATENT_DIM,), "score": (), "u": (), "eps": (LATENT_DIM,)}
 
 
 def write_tiny(
@@ -87,7 +102,11 @@ def write_tiny(
 ) -> ArtifactRef:
     """Writes a tiny artifact into `store`; `changes` replace fields of its manifest."""
     capabilities = [capability for capability in METHODS if capability not in without]
+    methods = METHODS
     module = TinyAutoencoder(seed).eval()
+    if "labels" in changes:
+        methods = METHODS | {Capability.SAMPLE: (["u", "eps", "label"], "x")}
+        module = LabelledAutoencoder(seed).eval()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)")
         scripted = torch.jit.script(module)
@@ -96,7 +115,7 @@ def write_tiny(
     generator = np.random.default_rng(seed)
     vectors: dict[str, np.ndarray] = {}
     for capability in capabilities:
-        names, output = METHODS[capability]
+        names, output = methods[capability]
         given = [(generator.random((3, *SHAPES[n])) * 0.9).astype(np.float32) for n in names]
         vectors |= {f"{capability}/in/{n}": array for n, array in zip(names, given, strict=True)}
         with torch.inference_mode():
@@ -106,6 +125,8 @@ def write_tiny(
     with torch.inference_mode():
         calibration = Calibration.from_scores(scripted.anomaly_score(normal).numpy())
     files = {"model.pt": stream.getvalue(), "calibration.npy": _npy(calibration.scores), "self_test.npz": _npz(vectors)}
+    places = {"mean": np.ones(LATENT_DIM), "components": np.eye(2, LATENT_DIM), "points": np.zeros((3, 2))}
+    files["projection.npz"] = _npz({**places, "labels": np.array([0, 1, -1])})
     manifest = Manifest(
         name=name,
         version=1,
@@ -117,12 +138,13 @@ def write_tiny(
         latent_dim=LATENT_DIM,
         capabilities={
             capability: Method(
-                inputs=[TensorSpec(name=n, shape=SHAPES[n]) for n in METHODS[capability][0]],
-                outputs=[TensorSpec(name=METHODS[capability][1], shape=SHAPES[METHODS[capability][1]])],
+                inputs=[TensorSpec(name=n, shape=SHAPES[n]) for n in methods[capability][0]],
+                outputs=[TensorSpec(name=methods[capability][1], shape=SHAPES[methods[capability][1]])],
             )
             for capability in capabilities
         },
         max_batch_size=16,
+        projection=ProjectionEntry(file="projection.npz", method="hand", count=3),
         calibration=CalibrationEntry(
             id=calibration.id, file="calibration.npy", count=len(calibration.scores), source="uniform noise"
         ),

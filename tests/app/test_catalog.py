@@ -102,7 +102,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.pt: sha256: expected",
     ),
     "wrong-size": (lambda p: (p / "self_test.npz").write_bytes(b""), "self_test.npz: expected"),
-    "wrong-count": (lambda p: edit(p, "calibration", "count", 7), "calibration.npy: expected 7 scores"),
+    "wrong-count": (lambda p: edit(p, "calibration", "count", 100), "calibration.npy: expected 100 scores"),
     "wrong-signature": (
         lambda p: edit(p, "latent_dim", None, 9),
         "manifest.json: manifest: Value error, capabilities.enc",
