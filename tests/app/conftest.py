@@ -143,6 +143,7 @@ def write_tiny(
             )
             for capability in capabilities
         },
+        labels=changes.get("labels"),
         max_batch_size=16,
         projection=ProjectionEntry(file="projection.npz", method="hand", count=3),
         calibration=CalibrationEntry(
