@@ -51,8 +51,9 @@ def _probe(path: str, *, answers: type[BaseModel], summary: str, **more: Any) ->
     """Declares a GET that also answers HEAD, which the document leaves out."""
 
     def decorate(endpoint: Endpoint) -> Endpoint:
+        # The first serves both, and says so in a 405; the second is there for the document.
+        router.add_api_route(path, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
         router.add_api_route(path, endpoint, methods=["GET"], response_model=answers, summary=summary, **more)
-        router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
         return endpoint
 
     return decorate

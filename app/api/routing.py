@@ -159,10 +159,12 @@ class InferenceRouter(APIRouter):
         query: type[QueryT],
         also: tuple[Capability, ...] = (),
         masked: bool = False,
+        shows_pictures: bool = True,
     ) -> Callable[[Callable[[Items, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
         """Declares `endpoint(items, model, query)` at POST `path`: items in, one `answers` per item out.
 
-        `also` names what the model must be able to do besides; `masked` wants masks beside the items.
+        `also` names what the model must be able to do besides; `masked` wants masks beside the items;
+        `shows_pictures` says whether there is something to show as a PNG.
         """
 
         async def read(body: Body, model: Model, query: QueryT, request: Request) -> Items:
@@ -189,6 +191,7 @@ class InferenceRouter(APIRouter):
             query=query,
             read=read,
             also=also,
+            shows_pictures=shows_pictures,
             request_body=MASKED_BODY if masked else ITEMS_BODY,
             body_required=True,
             raises=(*COMMON_ERRORS, errors.ImageNotDecodable),
@@ -234,18 +237,23 @@ class InferenceRouter(APIRouter):
         raises: Sequence[type[errors.ServiceError]],
         also: tuple[Capability, ...] = (),
         beside: dict[str, Any] | None = None,
+        shows_pictures: bool = True,
     ) -> Callable[[Callable[[Any, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
         def decorate(endpoint: Callable[[Any, Model, QueryT], Awaitable[Results]]) -> Callable[..., Awaitable[Results]]:
             async def handle(request: Request) -> Response:
                 scope, settings = request.scope, settings_of(request)
                 headers = headers_of(scope)
                 parameters = parse_query(query, scope["query_string"])
+                model_found = catalog_of(request).find(parameters.model, capability, *also)
                 accept = headers.get(b"accept", b"").decode("latin-1")
-                media_type = preferred_media_type(accept, (JSON, HTML, PNG, NPY))
+                shows = shows_pictures and model_found.manifest.input.picture is not None
+                offered = (JSON, HTML, PNG, NPY) if shows else (JSON, HTML, NPY)
+                media_type = preferred_media_type(accept, offered)
                 if media_type is None:
-                    raise errors.NotAcceptable(f"accept: expected {JSON}, {PNG} or {NPY}, found {accept!r}")
+                    expected = " or ".join(kind for kind in offered if kind != HTML)
+                    raise errors.NotAcceptable(f"accept: expected {expected}, found {accept!r}")
                 terms = read_terms(scope, headers, settings)
-                model = Model(catalog_of(request).find(parameters.model, capability, *also), terms)
+                model = Model(model_found, terms)
                 started = time.perf_counter()
                 body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
                 with until_disconnect(request.receive):
@@ -270,7 +278,7 @@ class InferenceRouter(APIRouter):
                 methods=["POST"],
                 summary=(endpoint.__doc__ or "").strip().splitlines()[0].rstrip("."),
                 response_model=_answer_model(answers, beside or {}),
-                responses={**_OTHER_ANSWERS, **problem_responses(raises)},
+                responses={200: _other_answers(shows_pictures), **problem_responses(raises)},
                 openapi_extra={
                     "parameters": [*_query_parameters(query), *_HEADER_PARAMETERS],
                     "requestBody": {"required": body_required, "content": request_body},
@@ -341,14 +349,12 @@ def parse_query(query: type[QueryT], query_string: bytes) -> QueryT:
 
 
 def encode_results(results: Results, model: Model, media_type: str, *, as_png: bool, ids: list[Any] | None) -> Response:
-    """The answer in that media type. Raises NotAcceptable for a picture where there is none to show."""
+    """The answer in that media type, which must be one that the results have."""
     spec = model.manifest.input
     columns = results.columns
     if media_type == NPY:
         return Response(encode_npy(results.main), media_type=NPY)
-    if media_type == PNG or (as_png and results.pictures):
-        if results.pictures is None or spec.picture is None or spec.range is None:
-            raise errors.NotAcceptable("accept: this answer holds no picture to show as image/png")
+    if results.pictures is not None and spec.range is not None and (media_type == PNG or as_png):
         arrays = np.asarray(columns[results.pictures])
         if media_type == PNG:
             return Response(encode_png(arrays, spec.range), media_type=PNG)
@@ -408,23 +414,23 @@ _HEADER_PARAMETERS: list[dict[str, Any]] = [
     },
 ]
 
-_OTHER_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "One result per item; with `Accept: image/png` a picture (several items: one grid), with "
-        "`Accept: application/x-npy` the main array.",
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _other_answers(shows_pictures: bool) -> dict[str, Any]:
+    """The OpenAPI response for a success, beside its JSON schema."""
+    picture = "with `Accept: image/png` a picture (several items: one grid), " if shows_pictures else ""
+    return {
+        "description": f"One result per item; {picture}with `Accept: application/x-npy` the main array.",
         "headers": {
             "X-Model": {"schema": {"type": "string"}, "description": "name:version of the model that answered."},
             "X-Request-Id": {"schema": {"type": "string"}},
             "Server-Timing": {"schema": {"type": "string"}},
         },
-        "content": {
-            PNG: {"schema": {"type": "string", "format": "binary"}},
-            NPY: {"schema": {"type": "string", "format": "binary"}},
-        },
+        "content": dict.fromkeys((PNG, NPY) if shows_pictures else (NPY,), _BINARY),
     }
-}
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
+
 ITEMS_BODY: dict[str, Any] = {
     JSON: {
         "schema": {

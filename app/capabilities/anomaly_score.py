@@ -41,7 +41,9 @@ class Verdict(BaseModel):
     components: dict[str, float] = Field(description="Parts of the score, by name.")
 
 
-@router.items("/anomaly-score", capability=Capability.ANOMALY_SCORE, answers=Verdict, query=AnomalyQuery)
+@router.items(
+    "/anomaly-score", capability=Capability.ANOMALY_SCORE, answers=Verdict, query=AnomalyQuery, shows_pictures=False
+)
 async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Results:
     """Score each item against held-out normal data and decide at the false-positive rate that you choose."""
     calibration, entry = model.calibration, model.manifest.calibration

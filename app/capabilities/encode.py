@@ -32,7 +32,7 @@ class EncodeQuery(ItemsQuery):
     )
 
 
-@router.items("/encode", capability=Capability.ENCODE, answers=Encoded, query=EncodeQuery)
+@router.items("/encode", capability=Capability.ENCODE, answers=Encoded, query=EncodeQuery, shows_pictures=False)
 async def encode(items: Items, model: Model, query: EncodeQuery) -> Results:
     """Map each item to its latent vector.
 

@@ -162,12 +162,17 @@ ERRORS: dict[str, tuple[tuple[str, str, dict[str, Any]], int, str, str]] = {
     "POST to an asset": (("POST", "/static-offline-docs/swagger-ui.css", {}), 405, "method_not_allowed", "POST"),
     "xml": (post("/encode", headers={"accept": "application/xml"}), 406, "not_acceptable", "found 'application/xml'"),
     "refused by q": (post("/encode", headers={"accept": "*/*;q=0"}), 406, "not_acceptable", "accept"),
-    "no picture": (post("/encode", headers={"accept": "image/png"}), 406, "not_acceptable", "no picture"),
+    "expected application/json or application/x-npy": (
+        post("/encode", headers={"accept": "image/png"}),
+        406,
+        "not_acceptable",
+        "expected application/json or application/x-npy",
+    ),
     "no picture of scores": (
         post("/anomaly-score", headers={"accept": "image/*"}),
         406,
         "not_acceptable",
-        "no picture",
+        "expected application/json or application/x-npy",
     ),
     "cannot denoise": (
         post("/denoise?model=tiny-plain"),
