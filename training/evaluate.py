@@ -173,6 +173,8 @@ def unsupported(capabilities: Sequence[Capability], metrics: dict[str, Metric]) 
         reasons[Capability.DENOISE] = (
             "not trained to remove noise: its reconstruction takes the PSNR of test items " + ", ".join(figures)
         )
+    if Capability.INPAINT not in capabilities:
+        reasons[Capability.INPAINT] = "not trained to fill holes"
     if Capability.SAMPLE not in capabilities:
         reasons[Capability.SAMPLE] = "no prior was learnt: latent vectors drawn at random decode to no item"
     return reasons
