@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks.jobs import JOBS, Model
-from benchmarks.servers import Launch
+from benchmarks.servers import TUNED_ALLOCATOR, Launch
 from benchmarks.servers.options import Options
 
 
@@ -20,7 +20,7 @@ def rate_per_s(store: Path, job: str, payload: bytes, processes: int, seconds: f
 
 def _rate_per_s(store: Path, job: str, payload: bytes, processes: int, seconds: float, batch_size: int) -> float:
     launch = Launch(Path(sys.executable), port=0, store=store, job=job, workers=processes)
-    environment = {**os.environ, **launch.environment()}
+    environment = {**os.environ, **launch.environment(), **TUNED_ALLOCATOR}
     command = [sys.executable, "-m", "benchmarks.bare_loop", str(seconds), str(batch_size)]
     loops: list[subprocess.Popen[bytes]] = []
     try:

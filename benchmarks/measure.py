@@ -129,9 +129,7 @@ class Run:
         self._compare("latent", number)
 
     def _measure_conv(self, number: int) -> None:
-        rate = bare_loop.rate_per_s(
-            self.stores.conv, "conv", payload("conv"), self.plan.workers, max(2.0, self.plan.seconds)
-        )
+        rate = bare_loop.rate_per_s(self.stores.conv, "conv", payload("conv"), self.plan.workers, self.plan.seconds)
         self.say(f"  bare loop: {rate:.0f}/s")
         self.results.add_scalar("bare loop per s", number, rate)
         self._compare("conv", number)
@@ -219,8 +217,7 @@ class Run:
         self.results.add_scalar("overload p99 ratio", number, five.p99_s / half.p99_s)
 
     def _open(self, server: Server, job: str, request: bytes, share: float, capacity: float, number: int) -> Load:
-        seconds = max(2.0, self.plan.seconds)
-        found = load.open_loop(server.port, request, share * capacity, seconds, seed=number)
+        found = load.open_loop(server.port, request, share * capacity, self.plan.seconds, seed=number)
         cells = self.results.open_cells.setdefault(job, {})
         cells.setdefault(share, []).append(OpenCell(share, share * capacity, found))
         self.say(
@@ -308,7 +305,7 @@ class Run:
 
     @property
     def _warm_up_s(self) -> float:
-        return min(1.0, self.plan.seconds / 2)
+        return min(1.5, self.plan.seconds / 2)
 
 
 def numbers_of(answer: Any) -> np.ndarray[Any, Any]:

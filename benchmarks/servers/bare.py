@@ -17,8 +17,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import uvicorn
+import uvloop
 
-from benchmarks.jobs import Array, Job, Model, file_of_multipart
+from benchmarks.jobs import Array, Model, file_of_multipart
 from benchmarks.servers.options import Options
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -29,14 +30,16 @@ Waiter = tuple[Array, "asyncio.Future[Array]"]
 class MicroBatcher:
     """A batch leaves the moment the thread is free; while it is busy, items gather."""
 
-    def __init__(self, model: Model, max_batch_size: int) -> None:
-        self._model = model
+    def __init__(self, load: Callable[[], Model], max_batch_size: int) -> None:
+        """Loads and warms the model in the thread that will run it, and waits for that."""
         self._max_batch_size = max_batch_size
         self._waiting: list[Waiter] = []
         self._busy = False
         self._batches: queue.SimpleQueue[list[Waiter]] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
-        threading.Thread(target=self._work, daemon=True).start()
+        loaded = threading.Event()
+        threading.Thread(target=self._work, args=(load, loaded), daemon=True).start()
+        loaded.wait()
 
     def submit(self, item: Array) -> asyncio.Future[Array]:
         """The item's output, when its batch has run."""
@@ -51,10 +54,12 @@ class MicroBatcher:
         batch, self._waiting = self._waiting[: self._max_batch_size], self._waiting[self._max_batch_size :]
         self._batches.put(batch)
 
-    def _work(self) -> None:
+    def _work(self, load: Callable[[], Model], loaded: threading.Event) -> None:
+        model = load()
+        loaded.set()
         while True:
             batch = self._batches.get()
-            outputs = self._model.run([item for item, _ in batch])
+            outputs = model.run([item for item, _ in batch])
             self._loop.call_soon_threadsafe(self._finish, batch, outputs)
 
     def _finish(self, batch: list[Waiter], outputs: Array) -> None:
@@ -70,11 +75,10 @@ class MicroBatcher:
 class App:
     """The ASGI application."""
 
-    def __init__(self, model: Model, job: Job) -> None:
-        self._model = model
-        self._job = job
-        self._path = f"/{job.name}"
-        self._batcher: MicroBatcher | None = None
+    def __init__(self, options: Options) -> None:
+        self._job = options.job
+        self._path = f"/{options.job.name}"
+        self._batcher = MicroBatcher(lambda: Model(options.store, options.job), options.job.max_batch_size)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -88,8 +92,6 @@ class App:
             body += message["body"]
         if self._job.upload is not None:
             body = file_of_multipart(body, dict(scope["headers"])[b"content-type"].decode())
-        if self._batcher is None:
-            self._batcher = MicroBatcher(self._model, self._job.max_batch_size)
         output = await self._batcher.submit(self._job.decode(body))
         await _answer(send, self._job.encode(output))
 
@@ -105,11 +107,15 @@ def serve(options: Options) -> None:
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listening.bind(("127.0.0.1", options.port))
-    app = App(Model(options.store, options.job), options.job)
+    uvloop.run(_serve(options, listening))
+
+
+async def _serve(options: Options, listening: socket.socket) -> None:
+    app = App(options)
     gc.collect()
     gc.freeze()
-    config = uvicorn.Config(app, loop="uvloop", http="httptools", lifespan="off", access_log=False, log_level="warning")
-    uvicorn.Server(config).run(sockets=[listening])
+    config = uvicorn.Config(app, http="httptools", lifespan="off", access_log=False, log_level="warning")
+    await uvicorn.Server(config).serve(sockets=[listening])
 
 
 if __name__ == "__main__":
