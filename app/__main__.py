@@ -58,7 +58,7 @@ def serve(
             _announce(settings, supervisor.port)
             raise typer.Exit(supervisor.run())
         app = create_app(settings, member)
-        sock = listen(settings.host, settings.port)
+        sock = listen(settings.host, settings.port, shared=member is not None)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             name = "_".join(str(part) for part in problem["loc"]).upper()

@@ -40,12 +40,12 @@ def member_from_environment() -> Member | None:
     return Member(int(index), int(count), Path(folder))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to that address, which other processes may bind too. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket bound to that address, which other processes of ours may bind too if `shared`. Raises OSError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind((host, port))
     except OSError:
@@ -73,8 +73,11 @@ class Supervisor:
     """
 
     def __init__(self, host: str, port: int, count: int) -> None:
+        # First without sharing, or a second service would take half of the first one's connections, and nobody notice.
+        with listen(host, port) as alone:
+            port = alone.getsockname()[1]
         # Held, never listened on: the port stays ours while workers come and go, and port 0 becomes one port for all.
-        self._reserved = listen(host, port)
+        self._reserved = listen(host, port, shared=True)
         self._host, self._port = host, self._reserved.getsockname()[1]
         self._count = count
         self._folder = Path(tempfile.mkdtemp(prefix="hourglass-"))

@@ -123,15 +123,15 @@ def test_batched_equals_single(ref: ArtifactRef) -> None:
     """For every method of every artifact a row's answer does not depend on its neighbours, within 1e-5."""
     loaded = load(ref)
     for capability in loaded.manifest.capabilities:
-        rows = list(zip(*arguments(loaded, capability, 64), strict=True))
-        batched = loaded.run(capability, rows)
-        for size in (1, 2, 7):
-            parts = [out for start in range(0, 14, size) for out in loaded.run(capability, rows[start : start + size])]
-            for part, whole in zip(parts[:14], batched, strict=False):
-                assert not isinstance(part, Exception)
-                assert not isinstance(whole, Exception)
-                for got, want in zip(part, whole, strict=True):
-                    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+        most = loaded.manifest.max_batch_size
+        rows = list(zip(*arguments(loaded, capability, most), strict=True))
+        single = [row for start in range(14) for row in loaded.run(capability, rows[start : start + 1])]
+        for size in sorted({2, 4, 7, 8, 16, 32, 64, 128, most}):
+            for got, want in zip(loaded.run(capability, rows[:size]), single, strict=False):
+                assert not isinstance(got, Exception)
+                assert not isinstance(want, Exception)
+                for one, other in zip(got, want, strict=True):
+                    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ref", SHIPPED, ids=str)

@@ -1,0 +1,151 @@
+"""Several workers on one port: what they answer about the service is about all of them, and they come and go."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+ITEM = {"instances": [[0.25] * 64]}
+
+
+@dataclass
+class Running:
+    """A service in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    port: int = field(default=0)
+
+    def get(self, path: str) -> httpx.Response:
+        """One request over a connection of its own, so that any worker may get it."""
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=20)
+
+    def post(self, path: str) -> httpx.Response:
+        return httpx.post(f"http://127.0.0.1:{self.port}{path}", json=ITEM, timeout=20)
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.holds(condition):
+            assert time.monotonic() < deadline, f"{what} did not come about\n{self.log.read_text()}"
+            time.sleep(0.05)
+
+    @staticmethod
+    def holds(condition: Callable[[], bool]) -> bool:
+        try:
+            return condition()
+        except httpx.TransportError:
+            return False
+
+    def workers(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+
+@contextmanager
+def running(store: Path, log: Path, *arguments: str, **environment: str) -> Iterator[Running]:
+    """`python -m app serve` on a free port; its log in `log`."""
+    variables = {**os.environ, "HOURGLASS_MODELS_STORE": str(store), "HOURGLASS_LOG_FORMAT": "console", **environment}
+    with log.open("wb") as stderr:
+        command = [sys.executable, "-m", "app", "serve", "--port", "0", *arguments]
+        process = subprocess.Popen(command, env=variables, stderr=stderr, cwd=Path(__file__).parents[2])
+    service = Running(process, log)
+    try:
+        service.until(lambda: "Hourglass on http" in log.read_text(), "the announcement")
+        service.port = int(re.findall(r"Hourglass on http://[^:]+:(\d+)", log.read_text())[0])
+        service.until(lambda: service.get("/readyz").status_code == 200, "readiness")
+        yield service
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def pair(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A service of two workers."""
+    with running(store, tmp_path_factory.mktemp("pair") / "log", "--workers", "2") as service:
+        yield service
+
+
+def test_metrics_are_about_all_workers(pair: Running) -> None:
+    """Whichever worker is asked, it counts the requests of both."""
+
+    def counted() -> float:
+        lines = pair.get("/metrics").text.splitlines()
+        wanted = 'hourglass_http_requests_total{method="POST",route="/encode",status="200"}'
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(wanted))
+
+    before = counted()
+    for _ in range(20):
+        assert pair.post("/encode").status_code == 200
+    assert {counted() for _ in range(10)} == {before + 20}
+    assert "hourglass_workers 2.0" in pair.get("/metrics").text
+
+
+def test_both_workers_serve(pair: Running) -> None:
+    """The kernel spreads connections over both workers, and both give the same bytes."""
+    busy = {pid: Path(f"/proc/{pid}/stat").read_text().split()[13] for pid in pair.workers()}
+    assert len({pair.post("/encode").content for _ in range(200)}) == 1
+    later = {pid: Path(f"/proc/{pid}/stat").read_text().split()[13] for pid in pair.workers()}
+    assert len(busy) == 2
+    assert all(int(later[pid]) > int(busy[pid]) for pid in busy), (busy, later)
+
+
+def test_a_killed_worker_is_missed_and_replaced(pair: Running) -> None:
+    """After kill -9 the service is not ready until the worker has been replaced, and says why."""
+    victim = pair.workers()[0]
+    os.kill(victim, signal.SIGKILL)
+    pair.until(lambda: pair.get("/readyz").status_code == 503, "not ready", seconds=5)
+    pair.until(lambda: pair.get("/readyz").status_code == 200, "ready again")
+    assert victim not in pair.workers()
+    assert len(pair.workers()) == 2
+    assert pair.post("/encode").status_code == 200
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_service_well(store: Path, tmp_path: Path, workers: str, number: signal.Signals) -> None:
+    """SIGTERM and SIGINT end it with exit code 0 and nothing left behind, whatever the number of workers."""
+    with running(store, tmp_path / "log", "--workers", workers, TMPDIR=str(tmp_path)) as service:
+        children = service.workers() if workers != "1" else []
+        service.process.send_signal(number)
+        assert service.process.wait(timeout=20) == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not list(tmp_path.glob("hourglass-*"))
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_workers_do_not_outlive_their_supervisor(store: Path, tmp_path: Path) -> None:
+    """When the supervisor is killed, its workers end by themselves."""
+    with running(store, tmp_path / "log", "--workers", "2") as service:
+        children = service.workers()
+        service.process.kill()
+        service.process.wait()
+        service.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), "the workers' end")
+
+
+def test_a_taken_port_is_named(store: Path, pair: Running) -> None:
+    """A port that another program listens on, be it this one, is one clear line and exit code 1."""
+    for workers in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-m", "app", "serve", "--port", str(pair.port), "--workers", workers],
+            env={**os.environ, "HOURGLASS_MODELS_STORE": str(store)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert f"cannot listen on 127.0.0.1, port {pair.port}" in done.stderr
