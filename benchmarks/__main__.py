@@ -81,15 +81,18 @@ def bench(
         ),
         say=lambda text: typer.echo(f"{time.monotonic() - started:6.0f} s  {text}", err=True),
     )
+    stopped = False
     try:
         run.carry_out()
     except KeyboardInterrupt:
+        stopped = True
         typer.echo("stopped; what was measured until here:", err=True)
-        run.results.notes.append("The run was stopped before its end.")
     typer.echo("")
     typer.echo(report.promises(verdicts(run.results, run.plan.groups)))
     for name, reason in run.results.failures.items():
         typer.echo(f"{name} was not measured: {reason}")
+    if stopped:
+        raise typer.Exit(130)
     if write is not None:
         report.write(write, report.markdown(run))
         typer.echo(f"the whole report is in {write}")

@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 import numpy as np
@@ -252,16 +254,19 @@ class Run:
     def _visit(
         self, contender: Contender, job: str, store: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> Iterator[Server]:
-        """A server that does the job and has answered it rightly. Raises PassedOver, and keeps why, if it does not."""
+        """A server that does the job and has answered it rightly.
+
+        Raises PassedOver, and keeps why, if it does not, or if it fails later within the `with` block.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 server = self._start(stack, contender, job, store or self.stores.of(job), environment or {})
                 self._check_answer(contender, job, server)
-            except (ServerFailed, PeerUnavailable, OSError) as error:
+                yield server
+            except (ServerFailed, PeerUnavailable, OSError, HTTPException, SubprocessError) as error:
                 self.results.failures[contender.name] = str(error)
                 self.say(f"  {contender.name}: {error}")
                 raise PassedOver from error
-            yield server
 
     def _start(
         self, stack: contextlib.ExitStack, contender: Contender, job: str, store: Path, more: Mapping[str, str]

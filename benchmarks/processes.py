@@ -110,16 +110,18 @@ class Server:
 
     def stop(self, patience_s: float = 5.0) -> None:
         """Asks the server to end, and after `patience_s` ends whatever is left of it."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience_s)
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self._process.poll() is None:
-            self._process.kill()  # where there is no /proc, the process itself at least
-        self._process.wait()
+        try:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(patience_s)
+        finally:  # also for someone who presses Ctrl-C again
+            for pid in self.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if self._process.poll() is None:
+                self._process.kill()  # where there is no /proc, the process itself at least
+            self._process.wait()
 
 
 @contextlib.contextmanager
