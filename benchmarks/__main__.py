@@ -78,6 +78,7 @@ def bench(
             idle_s=3.0 if quick else 10.0,
             tries=QUICK_TRIES if quick else tries,
             limit_s=max_minutes * 60,
+            is_quick=quick,
         ),
         say=lambda text: typer.echo(f"{time.monotonic() - started:6.0f} s  {text}", err=True),
     )
@@ -89,6 +90,7 @@ def bench(
         typer.echo("stopped; what was measured until here:", err=True)
     typer.echo("")
     typer.echo(report.promises(verdicts(run.results, run.plan.groups)))
+    typer.echo(report.quiet(run.results))
     for name, reason in run.results.failures.items():
         typer.echo(f"{name} was not measured: {reason}")
     if stopped:

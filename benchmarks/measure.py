@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import time
@@ -22,7 +23,7 @@ from benchmarks.artifact import Stores, interleaved_payloads, payload, stores_in
 from benchmarks.jobs import JOBS, Model
 from benchmarks.load import Load, http_request
 from benchmarks.peers import PeerUnavailable, python_of, version_of
-from benchmarks.processes import Server, ServerFailed, free_port, running
+from benchmarks.processes import Server, ServerFailed, free_port, machine_busy_s, running
 from benchmarks.results import HEAVY_CONNECTIONS, Cell, OpenCell, Results, per_s
 from benchmarks.servers import BARE, CONTENDERS, HOURGLASS, MOSEC, NAIVE_DEF, Contender, Launch
 
@@ -68,6 +69,7 @@ class Plan:
     idle_s: float
     tries: int
     limit_s: float
+    is_quick: bool = False
 
 
 @dataclass
@@ -150,7 +152,7 @@ class Run:
         body, content_type = contender.body(job, payload(job))
         request = http_request(contender.path(job), body, content_type)
         load.closed_loop(server.port, [request], 16, self._warm_up_s)
-        for connections in _CONNECTIONS[job]:
+        for connections in self._connections(job):
             cell = self._cell(server, [request], connections, counts_batches=contender is HOURGLASS)
             self.results.cells.setdefault((contender.name, job, connections), {})[number] = cell
             self.say(
@@ -162,10 +164,12 @@ class Run:
 
     def _cell(self, server: Server, requests: Sequence[bytes], connections: int, *, counts_batches: bool) -> Cell:
         batches = _batches(server) if counts_batches else None
-        cpu_s = server.cpu_s()
+        started, busy_s, own_s, cpu_s = time.monotonic(), machine_busy_s(), _own_cpu_s(), server.cpu_s()
         closed_loop = wrk.closed_loop if self.plan.use_wrk else load.closed_loop
         found = closed_loop(server.port, requests, connections, self.plan.seconds)
         cpu_s = server.cpu_s() - cpu_s
+        others_s = machine_busy_s() - busy_s - (_own_cpu_s() - own_s) - cpu_s
+        self.results.other_load.append(max(0.0, others_s) / (time.monotonic() - started) / (os.cpu_count() or 1))
         mean = None
         if batches is not None:
             rows, count = (after - before for after, before in zip(_batches(server), batches, strict=True))
@@ -308,6 +312,10 @@ class Run:
         body, content_type = HOURGLASS.body(job, payload(job))
         return http_request(HOURGLASS.path(job), body, content_type, headers)
 
+    def _connections(self, job: str) -> Sequence[int]:
+        """How many connections load the job; in a smoke run only as many as a promise is about."""
+        return [count for count in _CONNECTIONS[job] if not (self.plan.is_quick and job == "score" and count == 16)]
+
     @property
     def _warm_up_s(self) -> float:
         return min(1.5, self.plan.seconds / 2)
@@ -321,6 +329,12 @@ def numbers_of(answer: Any) -> np.ndarray[Any, Any]:
         answer = answer[0]
     named = next(answer[name] for name in ("score", "latent", "reconstruction", "reconstruct") if name in answer)
     return np.asarray(named, dtype=np.float64).reshape(-1)
+
+
+def _own_cpu_s() -> float:
+    """Processor seconds of this process and of the load generators it has waited for."""
+    own = os.times()
+    return own.user + own.system + own.children_user + own.children_system
 
 
 def _batches(server: Server) -> tuple[float, float]:

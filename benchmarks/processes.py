@@ -34,6 +34,15 @@ def free_port() -> int:
         return port
 
 
+def machine_busy_s() -> float:
+    """Processor seconds that the whole machine has spent since it started on anything but idling; 0 without /proc."""
+    if not (_PROC / "stat").exists():
+        return 0.0
+    fields = (_PROC / "stat").read_text().split("\n", 1)[0].split()[1:]
+    busy = sum(map(int, fields[:8])) - int(fields[3]) - int(fields[4])  # less idle and waiting for input and output
+    return busy / os.sysconf("SC_CLK_TCK")
+
+
 class Server:
     """A running server and all the processes it started. Made by `running`, which ends them."""
 

@@ -17,6 +17,10 @@ BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 """What stands between these lines of a document is replaced by the next run; the rest of it stays."""
 
 
+NOISY = 0.05
+"""Share of the machine that other programs may take."""
+
+
 def markdown(run: Run) -> str:
     """The whole report."""
     results = run.results
@@ -64,6 +68,15 @@ def promises(found: Sequence[Verdict]) -> str:
     return table(["what", "measured", "must", "goal", ""], rows)
 
 
+def quiet(results: Results) -> str:
+    """How much of the machine other programs took, which decides what the figures are worth."""
+    if not results.other_load:
+        return "Other programs: not measured."
+    median, most = statistics.median(results.other_load), max(results.other_load)
+    verdict = "" if median < NOISY else " **Too much for figures to be quoted.**"
+    return f"Other programs took {median:.0%} of the machine, at most {most:.0%} in one cell.{verdict}"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -86,6 +99,7 @@ def _circumstances(run: Run) -> list[str]:
         f"- Settings: {plan.rounds} rounds of {plan.seconds} s a cell, {plan.workers} workers for every server that "
         f"has workers, one torch thread in each of the others; closed loop by {generator}, open loop by the "
         f"benchmark's own; overload with a queue of {QUEUE_S * 1e3:.0f} ms of work.",
+        f"- {quiet(run.results)}",
         "- Medians over the rounds, [lowest–highest]; a ratio is taken within each round first.",
     ]
 

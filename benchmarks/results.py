@@ -52,6 +52,8 @@ class Results:
     """Single tries by what was tried."""
     failures: dict[str, str] = field(default_factory=dict)
     """Servers that did not start or answered wrongly, and why."""
+    other_load: list[float] = field(default_factory=list)
+    """In each closed-loop cell, the share of the machine that was taken by neither server nor load generator."""
     notes: list[str] = field(default_factory=list)
 
     def add_scalar(self, name: str, round_number: int, value: float) -> None:
