@@ -31,7 +31,7 @@ from app.errors import (
     NoModels,
     NotReady,
 )
-from app.inference.loaded_model import LoadedModel, Row
+from app.inference.loaded_model import LoadedModel, Row, use_threads
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,14 @@ class ServedModel:
         )
 
 
+@dataclass(frozen=True)
+class Replica:
+    """A model on one device, and the batch size that is best for each of its methods there."""
+
+    model: LoadedModel
+    batch_sizes: dict[Capability, int]
+
+
 @dataclass
 class ModelVersion:
     """One version of a model in the store: its state, the reason for it, and the model once it is served."""
@@ -86,6 +94,7 @@ class Catalog:
         store: folder of artifacts.
         devices: where the models run, each model on all of them; a device's one worker thread runs all of its torch.
         max_queue_rows, max_queue_bytes: most that may wait.
+        torch_threads: threads of one forward pass on a CPU.
         max_batch_size: most rows in a batch; None leaves it to each manifest.
         default_model: model for requests that name none, where it has the capability.
         required_models: names without which the service is not ready.
@@ -99,6 +108,7 @@ class Catalog:
         *,
         max_queue_rows: int,
         max_queue_bytes: int,
+        torch_threads: int = 1,
         max_batch_size: int | None = None,
         default_model: str | None = None,
         required_models: Sequence[str] = (),
@@ -106,12 +116,13 @@ class Catalog:
     ) -> None:
         self.store = store
         self.devices = tuple(devices)
+        self._torch_threads = torch_threads
         self._max_batch_size = max_batch_size
         self._default_model = default_model
         self._required_models = tuple(required_models)
         self._observe = observe
         self._lane_labels: dict[Lane[Any, Any], tuple[str, int, Capability]] = {}
-        self._workers = [ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"device-{d}") for d in self.devices]
+        self._workers = [self._worker(device) for device in self.devices]
         self.batcher = Batcher(
             self._workers,
             max_queue_rows=max_queue_rows,
@@ -322,27 +333,35 @@ class Catalog:
             version.state = State.READY
             logger.info("loaded %s in %.2f s", version.ref, time.perf_counter() - started)
 
-    def _prepare(self, artifact: Artifact, device: torch.device) -> LoadedModel:
+    def _worker(self, device: torch.device) -> ThreadPoolExecutor:
+        # torch's number of threads holds for the thread that sets it, and this one runs the forward passes.
+        return ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix=f"device-{device}",
+            initializer=use_threads,
+            initargs=(self._torch_threads,),
+        )
+
+    def _prepare(self, artifact: Artifact, device: torch.device) -> Replica:
         loaded = LoadedModel.load(artifact, device)
         loaded.self_test(artifact)
-        loaded.warm_up(self._batch_size(artifact.manifest))
-        return loaded
+        return Replica(loaded, loaded.warm_up(self._batch_size(artifact.manifest)))
 
     def _batch_size(self, manifest: Manifest) -> int:
         rows_that_fit = max(1, MAX_BATCH_BYTES // (4 * manifest.input.size))
         return min(manifest.max_batch_size, self._max_batch_size or manifest.max_batch_size, rows_that_fit)
 
-    def _serve(self, artifact: Artifact, replicas: Sequence[LoadedModel]) -> ServedModel:
+    def _serve(self, artifact: Artifact, replicas: Sequence[Replica]) -> ServedModel:
         manifest = artifact.manifest
         lanes = {capability: self._lane(manifest, replicas, capability) for capability in manifest.capabilities}
         return ServedModel(manifest, artifact.calibration(), artifact.projection(), lanes, self.batcher)
 
-    def _lane(self, manifest: Manifest, replicas: Sequence[LoadedModel], capability: Capability) -> Lane[Row, Row]:
+    def _lane(self, manifest: Manifest, replicas: Sequence[Replica], capability: Capability) -> Lane[Row, Row]:
         inputs = manifest.capabilities[capability].inputs
         lane: Lane[Row, Row] = Lane(
             name=f"{manifest.name}:{manifest.version} {capability}",
-            run=lambda rows, slot: replicas[slot].run(capability, rows),
-            max_batch_size=self._batch_size(manifest),
+            run=lambda rows, slot: replicas[slot].model.run(capability, rows),
+            max_batch_size=min(replica.batch_sizes[capability] for replica in replicas),
             row_bytes=sum(4 * math.prod(spec.shape) for spec in inputs),  # float32
         )
         self._lane_labels[lane] = (manifest.name, manifest.version, capability)

@@ -20,7 +20,7 @@ from app.capabilities import ROUTERS
 from app.catalog import Catalog
 from app.errors import ServiceError
 from app.fleet import Fleet, Member, Snapshot, VersionState
-from app.inference.loaded_model import select_devices, use_threads
+from app.inference.loaded_model import select_devices
 from app.observability.metrics import Metrics
 from app.settings import Settings
 
@@ -37,7 +37,6 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     Raises ValueError if the machine lacks the device that the settings ask for.
     """
     devices = select_devices(settings.device)
-    use_threads(settings.torch_threads or max(1, len(os.sched_getaffinity(0)) // settings.workers))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,6 +45,7 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
             devices,
             max_queue_rows=settings.max_queue_rows,
             max_queue_bytes=settings.max_queue_bytes,
+            torch_threads=settings.torch_threads or max(1, len(os.sched_getaffinity(0)) // settings.workers),
             max_batch_size=settings.max_batch_size,
             default_model=settings.default_model,
             required_models=settings.required_models,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from typing import cast
@@ -24,7 +25,9 @@ Row = tuple[NDArray[np.float32], ...]
 
 # torch.jit.load is not thread-safe, and neither is the warnings filter.
 _LOAD_LOCK = threading.Lock()
-_WARM_UP_CALLS = 3  # the profiling executor specialises on the second call of a shape
+_WARM_UP_CALLS = 4  # the profiling executor specialises on the second call of a shape
+_HARDLY_LONGER, _CLEARLY_LONGER = 1.1, 1.5  # ratios of times for a row
+_SOON_S = 0.01
 
 
 class NotFiniteError(ArithmeticError):
@@ -48,7 +51,7 @@ def select_devices(wanted: str) -> list[torch.device]:
 
 
 def use_threads(count: int) -> None:
-    """Lets one forward pass on a CPU use that many threads."""
+    """Lets forward passes of the calling thread use that many threads of a CPU."""
     torch.set_num_threads(count)
 
 
@@ -147,15 +150,40 @@ class LoadedModel:
                     worst[capability] = max(worst.get(capability, 0.0), float(off.max(initial=0.0)))
         return worst
 
-    def warm_up(self, max_batch_size: int) -> None:
-        """Runs every method at the batch sizes 1, 2 and `max_batch_size`, so that no caller pays for compilation."""
+    def warm_up(self, max_batch_size: int) -> dict[Capability, int]:
+        """Runs every method at growing batch sizes, so that no caller pays for compilation, and times them.
+
+        Returns each method's best batch size on this machine, at most `max_batch_size`: the largest that takes hardly
+        longer for each row than the best one does. Batching does not always pay: a network whose activations leave the
+        processor's cache takes longer for each row of a batch than for a row alone.
+        """
+        return {capability: self._best_batch_size(capability, max_batch_size) for capability in self._methods}
+
+    def _best_batch_size(self, capability: Capability, most: int) -> int:
+        best_s, best_size, size = float("inf"), 1, 1
+        while True:
+            batch_s = self._time(capability, size)
+            row_s = batch_s / size
+            # A batch that is over soon costs nobody anything, and what it takes is too short to be told from noise.
+            if row_s <= best_s * _HARDLY_LONGER or batch_s < _SOON_S:
+                best_size = size
+            best_s = min(best_s, row_s)
+            if size == most or (row_s > best_s * _CLEARLY_LONGER and batch_s >= _SOON_S):
+                return best_size
+            size = min(2 * size, most)
+
+    def _time(self, capability: Capability, batch_size: int) -> float:
+        """Seconds of the fastest of some calls: whatever else the machine does only makes a call slower."""
         low, high = self.manifest.input.range or (-1.0, 1.0)
-        for capability, method in self.manifest.capabilities.items():
-            for batch_size in sorted({1, min(2, max_batch_size), max_batch_size}):
-                middle = np.float32((low + high) / 2)
-                arguments = [np.full((batch_size, *spec.shape), middle, np.float32) for spec in method.inputs]
-                for _ in range(_WARM_UP_CALLS):
-                    self.forward(capability, arguments)
+        middle = np.float32((low + high) / 2)
+        inputs = self.manifest.capabilities[capability].inputs
+        arguments = [np.full((batch_size, *spec.shape), middle, np.float32) for spec in inputs]
+        times = []
+        for _ in range(_WARM_UP_CALLS):
+            started = time.perf_counter()
+            self.forward(capability, arguments)
+            times.append(time.perf_counter() - started)
+        return min(times)
 
     def _to_device(self, array: NDArray[np.float32]) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

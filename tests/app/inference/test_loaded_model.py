@@ -96,15 +96,27 @@ def test_what_the_module_raises_rises(loaded: LoadedModel) -> None:
 
 
 def test_self_test_and_warm_up_run_every_method(artifact: Artifact, loaded: LoadedModel) -> None:
-    """The self-test compares every method; the warm-up calls each at the batch sizes 1, 2 and the largest."""
+    """The self-test compares every method; the warm-up calls each at growing sizes, and finds one that serves it."""
     assert set(loaded.self_test(artifact)) == set(loaded.manifest.capabilities)
     assert max(loaded.self_test(artifact).values()) < 1e-5
     calls: list[tuple[Capability, int]] = []
     watched = LoadedModel.load(artifact, CPU)
     forward = watched.forward
     watched.forward = lambda c, a: (calls.append((c, len(a[0]))), forward(c, a))[1]  # type: ignore[method-assign]
-    watched.warm_up(16)
-    assert set(calls) == {(capability, size) for capability in loaded.manifest.capabilities for size in (1, 2, 16)}
+    best = watched.warm_up(13)
+    sizes = {(capability, size) for capability in loaded.manifest.capabilities for size in (1, 2, 4, 8, 13)}
+    assert set(calls) == sizes
+    assert best == dict.fromkeys(loaded.manifest.capabilities, 13)  # over soon at any size
+
+
+def test_warm_up_finds_where_batches_stop_paying(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that takes longer for each row of a large batch gets a smaller one, and larger ones are not tried."""
+    model = LoadedModel.load(artifact, CPU)
+    seconds = {1: 0.010, 2: 0.018, 4: 0.036, 8: 0.2}
+    tried: list[int] = []
+    monkeypatch.setattr(model, "_time", lambda _capability, size: (tried.append(size), seconds[size])[1])
+    assert model.warm_up(64)[Capability.ENCODE] == 4
+    assert max(tried) == 8
 
 
 def saved(scripted: torch.jit.ScriptModule) -> bytes:
