@@ -56,7 +56,7 @@ def test_reasons_state_measured_figures(tiny_store: object) -> None:
 
     assert isinstance(tiny_store, Path)
     variational = open_artifact("tiny-variational", tiny_store).manifest
-    assert set(variational.unsupported) == {Capability.DENOISE}
+    assert set(variational.unsupported) == {Capability.DENOISE, Capability.INPAINT}
     reason = variational.unsupported[Capability.DENOISE]
     before = variational.metrics["psnr_of_reconstruction_sigma_0.5"]
     assert f"from {before.baselines['noisy_input']:.1f} to {before.value:.1f} dB" in reason
