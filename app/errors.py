@@ -27,6 +27,18 @@ class MethodNotAllowed(ServiceError):
     """The address exists, but does not take this HTTP method."""
 
 
+class Unauthorized(ServiceError):
+    """The request needs a key and has none, or one that nobody knows."""
+
+
+class Forbidden(ServiceError):
+    """The key is known but not for this."""
+
+
+class AdminDisabled(ServiceError):
+    """There are no keys, so nobody may administer."""
+
+
 class ModelNotFound(ServiceError):
     """No artifact of this name, or no such version of it."""
 

@@ -14,8 +14,10 @@ from starlette.responses import RedirectResponse, Response
 
 from app import __version__
 from app.api import health, models
+from app.api.drain import Drain
 from app.api.envelope import Envelope
 from app.api.errors import problem_response
+from app.api.security import Keys
 from app.capabilities import ROUTERS
 from app.catalog import Catalog
 from app.errors import ServiceError
@@ -34,9 +36,10 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
         settings: every setting.
         member: the process's place among several workers; None if it is alone.
 
-    Raises ValueError if the machine lacks the device that the settings ask for.
+    Raises ValueError if the machine lacks the device that the settings ask for, or the keys file is none.
     """
     devices = select_devices(settings.device)
+    keys, drain = Keys(settings.api_keys_file), Drain(settings.drain_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -67,12 +70,13 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     metrics = Metrics(lambda: app.state.fleet)
     app.state.settings = settings
     app.state.metrics = metrics
+    app.state.drain = drain
     for router in (*ROUTERS, models.router, health.router):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     hot = {path: handler for router in ROUTERS for path, handler in router.hot.items()}
-    app.add_middleware(Envelope, hot=hot, metrics=metrics)
+    app.add_middleware(Envelope, hot=hot, metrics=metrics, keys=keys, drain=drain)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:

@@ -43,6 +43,12 @@ class Settings(BaseSettings):
     request_timeout_ms: int = Field(
         30_000, ge=1, le=600_000, description="A request's time, queue included, unless it sets X-Request-Timeout-Ms."
     )
+    drain_seconds: float = Field(
+        10, ge=0, le=3600, description="How long requests are still answered after SIGTERM, not being ready any more."
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File of keys, `name scopes sha256:<hex>` a line; unset: all may infer, none administer."
+    )
     log_format: Literal["console", "json"] = Field(
         default_factory=lambda: "console" if sys.stderr.isatty() else "json",
         description="Log lines for people or for machines; unset: console on a terminal, else json.",

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.drain import Drain
 from app.api.errors import INTERNAL, problem_body, problem_response
 from app.api.routing import Handler
-from app.errors import ServiceError
+from app.api.security import Keys, needed_scope
+from app.api.security import Scope as KeyScope
+from app.errors import Draining, ServiceError
 from app.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -25,13 +28,16 @@ class Envelope:
     """Gives every request an id, counts and times it, and turns what nobody caught into one traceback and a bare 500.
 
     Requests to the paths in `hot` go straight to their handlers; routing and its middleware cost more than most of
-    them. All others go through `app`. The caller's `X-Request-Id` is kept if it is 1 to 128 harmless characters.
+    them. All others go through `app`. The caller's `X-Request-Id` is kept if it is 1 to 128 harmless characters. Who
+    may not ask, and who asks while the service is leaving for good, is told so here.
     """
 
-    def __init__(self, app: ASGIApp, hot: Mapping[str, Handler], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, hot: Mapping[str, Handler], metrics: Metrics, keys: Keys, drain: Drain) -> None:
         self._app = app
         self._hot = hot
         self._metrics = metrics
+        self._keys = keys
+        self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one ASGI connection."""
@@ -49,17 +55,24 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                if self._drain.has_begun:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         path: str = scope["path"]
         handler = self._hot.get(path) if scope["method"] == "POST" else None
         try:
             if handler is None:
-                await self._app(scope, receive, send_with_id)
+                if (refusal := self._refusal(scope, path)) is None:
+                    await self._app(scope, receive, send_with_id)
+                else:
+                    await problem_response(Request(scope), refusal)(scope, receive, send_with_id)
                 path = getattr(scope.get("route"), "path", "unmatched")
             else:
                 request = Request(scope, receive)
                 try:
+                    if self._keys.are_set or self._drain.is_closed:
+                        self._admit(scope, KeyScope.INFER)
                     response = await handler(request)
                 except ServiceError as error:
                     response = problem_response(request, error)
@@ -76,3 +89,16 @@ class Envelope:
             await send_with_id({"type": "http.response.body", "body": body})
         finally:
             self._metrics.observe_request(scope["method"], path, status, time.perf_counter() - started)
+
+    def _refusal(self, scope: Scope, path: str) -> ServiceError | None:
+        """Why a request that has no handler of its own is not even routed."""
+        try:
+            self._admit(scope, needed_scope(path))
+        except ServiceError as error:
+            return error
+        return None
+
+    def _admit(self, scope: Scope, needed: KeyScope | None) -> None:
+        self._keys.check(dict(scope["headers"]), needed)
+        if self._drain.is_closed and needed is not None:
+            raise Draining("the service is shutting down", retry_after_s=1)

@@ -18,6 +18,9 @@ STATUS: dict[type[errors.ServiceError], tuple[int, str]] = {
     errors.InvalidInput: (400, "invalid_input"),
     errors.ShapeMismatch: (400, "shape_mismatch"),
     errors.InvalidParameter: (400, "invalid_parameter"),
+    errors.Unauthorized: (401, "unauthorized"),
+    errors.Forbidden: (403, "forbidden"),
+    errors.AdminDisabled: (403, "admin_disabled"),
     errors.ModelNotFound: (404, "model_not_found"),
     errors.NotFound: (404, "not_found"),
     errors.MethodNotAllowed: (405, "method_not_allowed"),
@@ -70,6 +73,8 @@ def problem_response(request: Request, error: Exception) -> Response:
         error = kind(message.format(path=request.scope["path"], method=request.method))
     status, code = STATUS.get(type(error), INTERNAL) if isinstance(error, errors.ServiceError) else INTERNAL
     message = "internal error" if (status, code) == INTERNAL else str(error)
+    if isinstance(error, errors.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, errors.Unavailable):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return Response(

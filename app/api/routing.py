@@ -61,6 +61,8 @@ COMMON_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.InvalidInput,
     errors.ShapeMismatch,
     errors.InvalidParameter,
+    errors.Unauthorized,
+    errors.Forbidden,
     errors.ModelNotFound,
     errors.NotAcceptable,
     errors.CapabilityNotSupported,
