@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Annotated
 
 import typer
@@ -15,6 +16,9 @@ from app.main import create_app
 from app.observability.logs import configure_logging
 from app.settings import Settings
 from app.supervisor import Supervisor, listen, member_from_environment
+
+_EXIT_UNWELL = 70
+"""Exit code of a process that cannot serve any more: EX_SOFTWARE of sysexits.h."""
 
 cli = typer.Typer(
     name="python -m app",
@@ -57,7 +61,7 @@ def serve(
             supervisor = Supervisor(settings.host, settings.port, settings.workers)
             _announce(settings, supervisor.port)
             raise typer.Exit(supervisor.run())
-        app = create_app(settings, member)
+        app = create_app(settings, member, end=lambda: os._exit(_EXIT_UNWELL))
         sock = listen(settings.host, settings.port, shared=member is not None)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
@@ -82,7 +86,8 @@ def serve(
             access_log=False,  # the metrics count requests; a line for each would cost more than the work
             server_header=False,
             lifespan="on",
-        )
+        ),
+        app.state.drain,
     )
     server.run(sockets=[sock])
 

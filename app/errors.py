@@ -103,6 +103,10 @@ class Draining(Unavailable):
     """The service is shutting down."""
 
 
+class DeviceLost(Unavailable):
+    """The device can run nothing any more, in this process; another one may."""
+
+
 class DeadlineExceeded(ServiceError):
     """The request's time ran out before its answer was there."""
 

@@ -46,6 +46,8 @@ class Snapshot(BaseModel):
     is_loaded: bool
     versions: tuple[VersionState, ...]
     waiting_rows: int
+    is_draining: bool = False
+    model_bytes: int = 0
     pid: int = 0
     written_at_s: float = 0.0  # of the machine's monotonic clock, which all its processes share
     cpu_s: float = 0.0
@@ -67,6 +69,10 @@ class Member:
     def snapshot_path(self, index: int) -> Path:
         """Where the worker of that index writes its snapshot."""
         return self.folder / f"worker-{index}.json"
+
+    def socket_name(self, index: int) -> str:
+        """File name, in the folder, of the socket on which the worker of that index takes orders."""
+        return f"worker-{index}.sock"
 
 
 class Fleet:
@@ -117,6 +123,11 @@ class Fleet:
             else:
                 reasons |= dict.fromkeys(snapshot.reasons_not_ready)
         return list(reasons)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether any worker is on its way out."""
+        return any(snapshot is not None and snapshot.is_draining for snapshot in self.snapshots())
 
     @property
     def is_loaded(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -20,14 +20,16 @@ from app.api.errors import problem_response
 from app.api.security import Keys
 from app.capabilities import ROUTERS
 from app.catalog import Catalog
+from app.control import ModelControl
 from app.errors import ServiceError
 from app.fleet import Fleet, Member, Snapshot, VersionState
+from app.health import Health
 from app.inference.loaded_model import select_devices
 from app.observability.metrics import Metrics
 from app.settings import Settings
 
 
-def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
+def create_app(settings: Settings, member: Member | None = None, end: Callable[[], None] = lambda: None) -> FastAPI:
     """The service as an ASGI application.
 
     Loading starts with the application's lifespan, in the background: probes answer from the first moment on.
@@ -35,6 +37,7 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     Args:
         settings: every setting.
         member: the process's place among several workers; None if it is alone.
+        end: ends the process at once, called where nothing else helps: a lost device, a forward that never returns.
 
     Raises ValueError if the machine lacks the device that the settings ask for, or the keys file is none.
     """
@@ -43,7 +46,7 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with Catalog(
+        catalog = Catalog(
             settings.models_store,
             devices,
             max_queue_rows=settings.max_queue_rows,
@@ -52,10 +55,30 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
             max_batch_size=settings.max_batch_size,
             default_model=settings.default_model,
             required_models=settings.required_models,
+            pinned_models=settings.pinned_models,
+            memory_bytes=settings.model_memory_bytes,
+            keep_versions=settings.keep_versions,
+            poll_s=settings.store_poll_seconds,
+            load_s=settings.load_seconds,
             observe=lambda *batch: metrics.observe_batch(*batch),  # noqa: PLW0108  metrics exist only below
-        ) as catalog:
-            app.state.catalog = catalog
-            async with Fleet(lambda: _snapshot(catalog), member) as fleet:
+            observe_change=lambda *change: metrics.observe_change(*change),  # noqa: PLW0108
+            on_lost=lambda error: app.state.health.lose(str(error)),
+        )
+        # Health outlasts the catalog, whose end may hang where a device does.
+        async with (
+            Health(
+                catalog,
+                within_s=settings.ready_within_seconds,
+                stall_s=settings.stall_seconds,
+                end=end,
+            ) as health,
+            ModelControl(catalog, member) as control,
+        ):
+            app.state.health, app.state.control, app.state.catalog = health, control, catalog
+            async with (
+                catalog,
+                Fleet(lambda: _snapshot(catalog, health, drain), member) as fleet,
+            ):
                 app.state.fleet = fleet
                 yield
 
@@ -85,9 +108,12 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     return app
 
 
-def _snapshot(catalog: Catalog) -> Snapshot:
+def _snapshot(catalog: Catalog, health: Health, drain: Drain) -> Snapshot:
+    leaving = ["draining"] if drain.has_begun else []
     return Snapshot(
-        reasons_not_ready=tuple(catalog.reasons_not_ready()),
+        reasons_not_ready=(*leaving, *catalog.reasons_not_ready(), *health.reasons_not_ready()),
+        is_draining=drain.has_begun,
+        model_bytes=catalog.memory_bytes,
         is_loaded=catalog.is_loaded,
         versions=tuple(
             VersionState(name=v.ref.name, version=v.ref.version, state=v.state, reason=v.reason)

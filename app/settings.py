@@ -43,6 +43,23 @@ class Settings(BaseSettings):
     request_timeout_ms: int = Field(
         30_000, ge=1, le=600_000, description="A request's time, queue included, unless it sets X-Request-Timeout-Ms."
     )
+    pinned_models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Comma-separated names that stay in memory, as the default and the required models do."
+    )
+    model_memory_bytes: int | None = Field(
+        None, ge=1, description="Most parameters and buffers in memory; what is left out is loaded at its first use."
+    )
+    keep_versions: int = Field(2, ge=1, description="How many sound versions of a model are kept, the highest ones.")
+    store_poll_seconds: float = Field(
+        1, ge=0, le=3600, description="How often the store is looked at for changes; 0: only at the start."
+    )
+    load_seconds: float = Field(600, gt=0, description="How long loading one artifact may take before it is refused.")
+    ready_within_seconds: float = Field(
+        10, gt=0, description="A model that is needed has run within this time, or the service is not ready."
+    )
+    stall_seconds: float = Field(
+        30, gt=0, description="A forward pass that takes longer ends the process, so that it is started anew."
+    )
     drain_seconds: float = Field(
         10, ge=0, le=3600, description="How long requests are still answered after SIGTERM, not being ready any more."
     )
@@ -54,7 +71,7 @@ class Settings(BaseSettings):
         description="Log lines for people or for machines; unset: console on a terminal, else json.",
     )
 
-    @field_validator("required_models", mode="before")
+    @field_validator("required_models", "pinned_models", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         if isinstance(value, str):

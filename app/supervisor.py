@@ -29,6 +29,7 @@ _LOOK_EVERY_S = 0.1
 _SHORT_LIFE_S = 10.0
 _MAX_SHORT_LIVES = 5
 _MAX_PAUSE_S = 5.0
+_ENDED_BY_US = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 
 
 def member_from_environment() -> Member | None:
@@ -68,8 +69,8 @@ class _Worker:
 class Supervisor:
     """Runs `count` workers until a signal ends them. `run` returns the exit code.
 
-    SIGTERM and SIGINT are passed on, and the workers finish what they have; a second one kills them. A worker that dies
-    is replaced, with growing pauses while it dies young; one that never lives ends the service.
+    SIGTERM and SIGINT are passed on, and the workers leave as one alone would; a third one kills them. A worker that
+    dies is replaced, with growing pauses while it dies young; one that never lives ends the service.
     """
 
     def __init__(self, host: str, port: int, count: int) -> None:
@@ -83,6 +84,7 @@ class Supervisor:
         self._folder = Path(tempfile.mkdtemp(prefix="hourglass-"))
         self._workers: list[_Worker] = []
         self._stopping = threading.Event()
+        self._signals = 0
 
     @property
     def port(self) -> int:
@@ -143,8 +145,9 @@ class Supervisor:
         worker.restart_at_s = now + pause_s
         return True
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self._pass_on(signal.SIGKILL if self._stopping.is_set() else signal.SIGTERM)
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signals += 1
+        self._pass_on(signal.SIGKILL if self._signals > 2 else signal.Signals(number))
         self._stopping.set()
 
     def _pass_on(self, number: signal.Signals) -> None:
@@ -153,6 +156,6 @@ class Supervisor:
                 worker.process.send_signal(number)
 
     def _wait(self) -> int:
-        """Waits for every worker; 0 if all ended well or were killed by a second signal."""
+        """Waits for every worker; 0 if all ended well, or of our signal, as those do that had just begun."""
         codes = [worker.process.wait() for worker in self._workers]
-        return 0 if all(code in (0, -signal.SIGKILL) for code in codes) else 1
+        return 0 if all(code in (0, *_ENDED_BY_US) for code in codes) else 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 from types import FrameType
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.api.drain import Drain
 from app.api.errors import problem_body
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -15,15 +18,38 @@ MAX_PIPELINED = 1000
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends with exit code 0 when it was asked to end.
+    """uvicorn's server, which leaves in steps and ends with exit code 0 when it was asked to end.
 
-    The first SIGTERM or SIGINT lets requests in flight finish, a second one does not wait for them.
+    SIGTERM begins the drain: for its pause requests are still answered, then no connection is accepted any more and
+    what is in flight is finished. SIGINT leaves the pause out. A second signal ends everything at once.
+
+    Args:
+        config: uvicorn's.
+        drain: what tells the application of it.
     """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's signature
         """Called by the signal; uvicorn's own would kill the process by the same signal again at the end."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        if self._drain.has_begun:
+            self.force_exit = self.should_exit = True
+        self._drain.begin()
+        if sig == signal.SIGINT:
+            self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called every tenth of a second; true when it is time to stop accepting."""
+        if self._drain.is_over:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuses what comes from now on, and finishes what is in flight."""
+        self._drain.close()
+        await super().shutdown(sockets)
 
 
 class HttpConnection(HttpToolsProtocol):

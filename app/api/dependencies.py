@@ -16,11 +16,14 @@ from starlette.types import Receive
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import Capability, Manifest
 from app.artifacts.store import Projection
-from app.catalog import Catalog, ServedModel
+from app.catalog import Catalog
 from app.codecs.bodies import Body, decompress, parse_content_type
+from app.control import ModelControl
 from app.errors import DeadlineExceeded, InvalidParameter, PayloadTooLarge
 from app.fleet import Fleet
+from app.health import Health
 from app.observability.metrics import Metrics
+from app.served_model import ServedModel
 from app.settings import Settings
 
 MAX_TIMEOUT_MS = 600_000
@@ -37,6 +40,18 @@ def fleet_of(request: Request) -> Fleet:
     """The workers of the service."""
     fleet: Fleet = request.app.state.fleet
     return fleet
+
+
+def health_of(request: Request) -> Health:
+    """How the devices and threads of this process are."""
+    health: Health = request.app.state.health
+    return health
+
+
+def control_of(request: Request) -> ModelControl:
+    """Loads and unloads models, in all workers."""
+    control: ModelControl = request.app.state.control
+    return control
 
 
 def metrics_of(request: Request) -> Metrics:

@@ -33,6 +33,7 @@ STATUS: dict[type[errors.ServiceError], tuple[int, str]] = {
     errors.QueueFull: (429, "queue_full"),
     errors.InferenceFailed: (500, "inference_failed"),
     errors.NotReady: (503, "not_ready"),
+    errors.DeviceLost: (503, "not_ready"),
     errors.ModelUnavailable: (503, "model_unavailable"),
     errors.NoModels: (503, "no_models"),
     errors.Draining: (503, "draining"),

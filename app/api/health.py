@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from app.api.dependencies import fleet_of, metrics_of
-from app.api.errors import Problem, problem_body
+from app import errors
+from app.api.dependencies import fleet_of, health_of, metrics_of
+from app.api.errors import INTERNAL, STATUS, Problem, problem_body
 from app.api.responses import json_response
 
 router = APIRouter(tags=["service"])
@@ -35,12 +36,20 @@ class NotReadyProblem(Problem):
     reasons: list[str]
 
 
+class NotLiveProblem(Problem):
+    """Why the process should be started anew."""
+
+    live: bool
+    reasons: list[str]
+
+
 class Startup(BaseModel):
     """How far loading is."""
 
     done: bool
     loaded: int
     refused: int
+    unloaded: int = Field(description="Sound, but not in memory, or not wanted there.")
     loading: list[str] = Field(description="Artifacts that are not loaded yet, name:version.")
 
 
@@ -59,25 +68,40 @@ def _probe(path: str, *, answers: type[BaseModel], summary: str, **more: Any) ->
     return decorate
 
 
-@_probe("/livez", answers=Live, summary="Alive")
-async def livez() -> Response:
-    """200 while the process answers at all; says nothing about models."""
-    return json_response({"live": True})
+@_probe(
+    "/livez",
+    answers=Live,
+    summary="Alive",
+    responses={503: {"model": NotLiveProblem, "description": "`internal`"}},
+)
+async def livez(request: Request) -> Response:
+    """200 while the event loop answers and the threads that watch over it live; says nothing about models."""
+    reasons = health_of(request).reasons_not_live
+    if not reasons:
+        return json_response({"live": True})
+    body = problem_body(
+        "not live: " + "; ".join(reasons), INTERNAL[1], request.scope["request_id"], live=False, reasons=reasons
+    )
+    return Response(body, status_code=503, media_type="application/json")
 
 
 @_probe(
     "/readyz",
     answers=Ready,
     summary="Ready",
-    responses={503: {"model": NotReadyProblem, "description": "`not_ready`"}},
+    responses={503: {"model": NotReadyProblem, "description": "`not_ready`, `draining`"}},
 )
 async def readyz(request: Request) -> Response:
-    """200 once every required model, and at least one, is served; else 503 with the reasons."""
+    """200 if every required model, and at least one, is served and ran lately; else 503 with the reasons.
+
+    A model that nobody asks is asked by the service itself. Overload is no reason, draining is one.
+    """
     reasons = fleet_of(request).reasons_not_ready()
     if not reasons:
         return json_response({"ready": True, "reasons": []})
+    code = STATUS[errors.Draining if fleet_of(request).is_draining else errors.NotReady][1]
     body = problem_body(
-        "not ready: " + "; ".join(reasons), "not_ready", request.scope["request_id"], ready=False, reasons=reasons
+        "not ready: " + "; ".join(reasons), code, request.scope["request_id"], ready=False, reasons=reasons
     )
     return Response(body, status_code=503, media_type="application/json", headers={"Retry-After": "1"})
 
@@ -91,6 +115,7 @@ async def startupz(request: Request) -> Response:
             "done": fleet_of(request).is_loaded,
             "loaded": sum(version.state == "ready" for version in versions),
             "refused": sum(version.state == "refused" for version in versions),
+            "unloaded": sum(version.state == "unloaded" for version in versions),
             "loading": [f"{version.name}:{version.version}" for version in versions if version.state == "loading"],
         }
     )

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from app import errors
-from app.api.dependencies import catalog_of, fleet_of
+from app.api.dependencies import catalog_of, control_of, fleet_of
 from app.api.errors import problem_responses
 from app.api.responses import json_response
 from app.fleet import VersionState
@@ -21,8 +21,10 @@ class VersionEntry(BaseModel):
     """One version of a model."""
 
     version: int
-    state: str = Field(description="ready, loading or refused.")
-    reason: str | None = Field(description="Why it was refused; null otherwise.")
+    state: str = Field(description="ready, loading, refused or unloaded.")
+    reason: str | None = Field(
+        description="Why it is refused or unloaded, or what is wrong with the files of one that serves on."
+    )
 
 
 class InputEntry(BaseModel):
@@ -39,6 +41,9 @@ class ModelEntry(BaseModel):
     name: str
     default_version: int | None
     versions: list[VersionEntry]
+    aliases: dict[str, int] = Field(
+        default_factory=dict, description="Other names of versions: `model=name:stable`. `default`: the bare name."
+    )
     description: str | None = None
     capabilities: list[str] = Field(default_factory=list)
     unsupported: dict[str, str] = Field(default_factory=dict, description="What it cannot do, with the reason.")
@@ -119,6 +124,97 @@ async def show_projection(request: Request) -> Response:
     )
 
 
+_CONTROL_PARAMETERS = {
+    "parameters": [
+        *_NAME_PARAMETER["parameters"],
+        {
+            "name": "version",
+            "in": "query",
+            "required": False,
+            "description": "One version; without it the model as a whole.",
+            "schema": {"type": "integer", "minimum": 1},
+        },
+    ]
+}
+_CONTROL_ERRORS = problem_responses(
+    [
+        errors.InvalidParameter,
+        errors.Unauthorized,
+        errors.Forbidden,
+        errors.AdminDisabled,
+        errors.ModelNotFound,
+        errors.ModelUnavailable,
+        errors.NotReady,
+        errors.Draining,
+    ]
+)
+
+
+@router.post(
+    "/models/{name}/load",
+    response_model=ModelEntry,
+    summary="Load a model",
+    responses=_CONTROL_ERRORS,
+    openapi_extra=_CONTROL_PARAMETERS,
+)
+async def load_model(request: Request) -> Response:
+    """Look at the model's folder now and serve what is there, in every worker.
+
+    Refused versions are tried again. Without a version it also ends an unload and a rollback; with one, that version
+    is kept in memory beside the highest ones.
+    """
+    name = request.path_params["name"]
+    await control_of(request).load(name, _version(request))
+    return await show_model(request)
+
+
+@router.post(
+    "/models/{name}/unload",
+    response_model=ModelEntry,
+    summary="Unload a model",
+    responses=_CONTROL_ERRORS,
+    openapi_extra=_CONTROL_PARAMETERS,
+)
+async def unload_model(request: Request) -> Response:
+    """Give the memory of a model, or of one version, back in every worker; requests in flight finish.
+
+    Holds until the next load, or until the service ends.
+    """
+    name = request.path_params["name"]
+    await control_of(request).unload(name, _version(request))
+    return await show_model(request)
+
+
+@router.post(
+    "/models/{name}/rollback",
+    response_model=ModelEntry,
+    summary="Roll a model back",
+    responses=_CONTROL_ERRORS,
+    openapi_extra=_CONTROL_PARAMETERS,
+)
+async def roll_model_back(request: Request) -> Response:
+    """Let an earlier version answer to the model's name, in every worker: the one named, or the sound one before.
+
+    Holds until the next load without a version, or until the service ends.
+    """
+    name = request.path_params["name"]
+    await control_of(request).rollback(name, _version(request))
+    return await show_model(request)
+
+
+def _version(request: Request) -> int | None:
+    """The query's version. Raises InvalidParameter."""
+    parameters = request.query_params.multi_items()
+    if unknown := [key for key, _ in parameters if key != "version"]:
+        raise errors.InvalidParameter(f"{unknown[0]}: unknown parameter; this route knows version")
+    if not parameters:
+        return None
+    text = parameters[0][1]
+    if len(parameters) > 1 or not (text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text)):
+        raise errors.InvalidParameter(f"version: expected one positive integer, found {text!r}")
+    return int(text)
+
+
 def _models(request: Request) -> dict[str, list[VersionState]]:
     """Every name with its versions, ascending, as all workers together have them."""
     models: dict[str, list[VersionState]] = {}
@@ -135,6 +231,7 @@ def _entry(request: Request, name: str, versions: list[VersionState]) -> dict[st
         "versions": [
             {"version": version.version, "state": version.state, "reason": version.reason} for version in versions
         ],
+        "aliases": catalog_of(request).aliases(name),
         "capabilities": [],
         "input": None,
         "metrics": None,

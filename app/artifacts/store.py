@@ -11,18 +11,23 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import ConfigDict, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import NAME_PATTERN, SCHEMA_VERSION, FileEntry, Manifest
 from app.errors import ArtifactRefused
 
 MANIFEST_FILE = "manifest.json"
+ALIASES_FILE = "aliases.json"
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+_ALIASES = TypeAdapter(
+    dict[Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9._-]{0,63}$")], PositiveInt],
+    config=ConfigDict(strict=True),
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -125,6 +130,40 @@ def list_artifacts(store: Path) -> Iterator[ArtifactRef]:
         versions = [v for v in folder.iterdir() if v.is_dir() and _is_version(v.name)]
         for version in sorted(versions, key=lambda v: int(v.name)):
             yield ArtifactRef(folder.name, int(version.name), version)
+
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+"""Name, size, time of change and inode of each file of an artifact: another stamp, another content perhaps."""
+
+
+def stamp(ref: ArtifactRef) -> Stamp:
+    """What the artifact's files look like from outside; nothing is read. Raises OSError if its folder is gone."""
+    found = []
+    with os.scandir(ref.path) as entries:
+        for entry in entries:
+            facts = entry.stat()
+            found.append((entry.name, facts.st_size, facts.st_mtime_ns, facts.st_ino))
+    return tuple(sorted(found))
+
+
+def read_aliases(store: Path, name: str) -> dict[str, int]:
+    """Other names for versions of a model, from `<store>/<name>/aliases.json`: `{"stable": 3}`.
+
+    An alias begins with a letter. `default` names the version that answers to the model's bare name. Without the file
+    there are none. Raises ArtifactRefused if it is not such a file.
+    """
+    try:
+        data = (store / name / ALIASES_FILE).read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ArtifactRefused(f"{ALIASES_FILE}: cannot be read: {error.strerror}") from error
+    try:
+        return _ALIASES.validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "aliases"
+        raise ArtifactRefused(f"{ALIASES_FILE}: {where}: {first['msg']}") from error
 
 
 def read_artifact(ref: ArtifactRef) -> Artifact:

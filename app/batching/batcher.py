@@ -13,7 +13,16 @@ from types import TracebackType
 from typing import Any, Generic, Self
 
 from app.batching.queue import FairQueue, Item, Lane, Result, Slice, Waiting
-from app.errors import DeadlineExceeded, Draining, InferenceFailed, OutOfMemory, PayloadTooLarge, QueueFull
+from app.errors import (
+    DeadlineExceeded,
+    DeviceLost,
+    Draining,
+    InferenceFailed,
+    OutOfMemory,
+    PayloadTooLarge,
+    QueueFull,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +91,7 @@ class Batcher:
         executors: one per device, each with exactly one thread; the caller's own.
         max_queue_rows, max_queue_bytes: most that may wait.
         observe: told of every batch.
+        on_lost: told when an executor's device is lost.
     """
 
     def __init__(
@@ -91,15 +101,19 @@ class Batcher:
         max_queue_rows: int,
         max_queue_bytes: int = 2**62,
         observe: Observe = lambda _lane, _record: None,
+        on_lost: Callable[[DeviceLost], None] = lambda _error: None,
     ) -> None:
         self._executors = executors
         self._free = list(range(len(executors)))
         self._max_queue_rows = max_queue_rows
         self._max_queue_bytes = max_queue_bytes
         self._observe = observe
+        self._on_lost = on_lost
         self._queue: FairQueue[_Request[Any, Any]] = FairQueue()
         self._dispatch_scheduled = False
         self._closed = False
+        self._lost: Unavailable | None = None
+        self._running: dict[int, list[Slice[_Request[Any, Any]]]] = {}  # by the executor's slot
         self._idle = asyncio.Event()
         self._idle.set()
         self._rows_per_s = 0.0  # moving average while busy; 0 until the first batch ran
@@ -124,6 +138,15 @@ class Batcher:
         for request in list(self._queue):
             self._fail(request, Draining("the service is shutting down", retry_after_s=1))
         await self._idle.wait()
+
+    def give_up(self, error: Unavailable) -> None:
+        """Answers everyone who waits, what runs included, with that error, and whoever comes from now on."""
+        self._lost = error
+        for request in list(self._queue):
+            self._fail(request, error)
+        for batch in list(self._running.values()):
+            for part in batch:
+                self._fail(part.request, error)
 
     async def submit(
         self,
@@ -171,6 +194,8 @@ class Batcher:
     def _admit(self, lane: Lane[Any, Any], rows: int) -> None:
         if self._closed:
             raise Draining("the service is shutting down", retry_after_s=1)
+        if self._lost is not None:
+            raise self._lost
         if rows > self._max_queue_rows or rows * lane.row_bytes > self._max_queue_bytes:
             most = min(self._max_queue_rows, self._max_queue_bytes // max(1, lane.row_bytes))
             raise PayloadTooLarge(f"items: expected at most {most}, got {rows}")
@@ -214,6 +239,7 @@ class Batcher:
             self._free.append(slot)
             self._deliver(batch, [error] * len(items))
             return
+        self._running[slot] = batch
         self._idle.clear()
         running.add_done_callback(  # runs on the executor's thread
             lambda done: loop.call_soon_threadsafe(self._finish, slot, lane, batch, done)
@@ -224,6 +250,7 @@ class Batcher:
     ) -> None:
         """Hands each request its rows; runs on the event loop, and frees the executor's slot, whatever happened."""
         self._free.append(slot)
+        del self._running[slot]
         rows = sum(map(len, batch))
         try:
             outcome = done.result()
@@ -274,8 +301,13 @@ class Batcher:
         return (request.started_at or request.enqueued_at) - request.enqueued_at
 
     def _fail_item(self, request: _Request[Any, Any], index: int, cause: BaseException) -> None:
+        if isinstance(cause, DeviceLost):
+            self._on_lost(cause)
         if request.answer.done():
             return  # its caller left or its time was up: there is nobody to tell
+        if isinstance(cause, Unavailable):
+            self._fail(request, cause)  # the device's trouble, not the item's
+            return
         logger.error("%s failed for item %d of a request", request.lane.name, index, exc_info=cause)
         failure = InferenceFailed(f"item {index}: {request.lane.name} failed: {type(cause).__name__}")
         failure.__cause__ = cause
@@ -313,8 +345,8 @@ def _halving(lane: Lane[Item, Result], items: Sequence[Item], slot: int, sizes: 
         if len(results) != len(items):
             raise RuntimeError(f"expected {len(items)} results, got {len(results)}")  # noqa: TRY301  halved like others
     except Exception as error:  # noqa: BLE001  whatever a model raises belongs to the item that made it raise
-        if len(items) == 1:
-            return [error]
+        if len(items) == 1 or isinstance(error, DeviceLost):
+            return [error] * len(items)
         middle = len(items) // 2
         if isinstance(error, OutOfMemory):
             sizes.append(middle)

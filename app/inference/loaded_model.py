@@ -6,6 +6,7 @@ The only file of the service that names `torch.jit`.
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 import warnings
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from app.artifacts.manifest import Capability, Manifest, Method, TensorSpec
 from app.artifacts.store import Artifact
-from app.errors import ArtifactRefused, OutOfMemory
+from app.errors import ArtifactRefused, DeviceLost, OutOfMemory
 
 Row = tuple[NDArray[np.float32], ...]
 """A method's arguments, or its outputs, for one item: float32 arrays without the batch axis."""
@@ -28,6 +29,17 @@ _LOAD_LOCK = threading.Lock()
 _WARM_UP_CALLS = 4  # the profiling executor specialises on the second call of a shape
 _HARDLY_LONGER, _CLEARLY_LONGER = 1.1, 1.5  # ratios of times for a row
 _SOON_S = 0.01
+
+
+# After one of these no call on the device succeeds any more until the process has ended: CUDA's sticky errors.
+_STICKY_CODES = frozenset({46, 100, 214, 220, 221, 226, *range(700, 721), 802, 803, 999})
+_STICKY_MESSAGE = re.compile(
+    r"CUDA error: (?!out of memory|invalid (argument|configuration|value))|device-side assert|illegal memory access"
+    r"|illegal instruction|misaligned address|unspecified launch failure|uncorrectable ECC|fallen off the bus"
+    r"|launch timed out|device (is|was)? ?lost|hardware stack error"
+    r"|(CUDNN|CUBLAS)_STATUS_EXECUTION_FAILED",
+    re.IGNORECASE,
+)
 
 
 class NotFiniteError(ArithmeticError):
@@ -50,6 +62,16 @@ def select_devices(wanted: str) -> list[torch.device]:
     return [device]
 
 
+def is_sticky(error: BaseException) -> bool:
+    """Whether an error says that the device is lost to this process, by its code or, where it has none, its message."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return False
+    code = getattr(error, "error_code", None)
+    if isinstance(code, int):
+        return code in _STICKY_CODES
+    return isinstance(error, RuntimeError) and _STICKY_MESSAGE.search(str(error)) is not None
+
+
 def use_threads(count: int) -> None:
     """Lets forward passes of the calling thread use that many threads of a CPU."""
     torch.set_num_threads(count)
@@ -58,9 +80,13 @@ def use_threads(count: int) -> None:
 class LoadedModel:
     """A frozen module on its device. All of its methods run on the device's one worker thread."""
 
-    def __init__(self, manifest: Manifest, module: torch.jit.ScriptModule, device: torch.device) -> None:
+    def __init__(
+        self, manifest: Manifest, module: torch.jit.ScriptModule, device: torch.device, memory_bytes: int
+    ) -> None:
         self.manifest = manifest
         self.device = device
+        self.memory_bytes = memory_bytes
+        # Only its methods: the Python object around the module is part of a cycle, and would stay until collected.
         self._methods = {capability: getattr(module, capability) for capability in manifest.capabilities}
 
     def __repr__(self) -> str:
@@ -88,17 +114,20 @@ class LoadedModel:
             for name in names:
                 if not callable(getattr(module, name, None)):
                     raise ArtifactRefused(f"{manifest.model_file}: method {name} is missing")
+            # Before freezing, which makes constants of them.
+            tensors = [*module.parameters(), *module.buffers()]
+            memory_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             try:
                 module = torch.jit.freeze(module.eval(), preserved_attrs=names)
             except Exception as error:
                 raise ArtifactRefused(f"{manifest.model_file}: cannot be frozen: {_first_line(error)}") from error
-        return cls(manifest, module, device)
+        return cls(manifest, module, device, memory_bytes)
 
     def run(self, capability: Capability, rows: Sequence[Row]) -> list[Row | Exception]:
         """The method's outputs for each row; a row whose outputs are not finite gets a NotFiniteError in their place.
 
         Raises whatever the module raises, for the whole batch, and ValueError if an output has another shape than
-        the manifest says.
+        the manifest says; OutOfMemory; DeviceLost after a sticky error.
         """
         method = self.manifest.capabilities[capability]
         arguments = [np.stack(column) for column in zip(*rows, strict=True)]  # each (batch, …)
@@ -108,6 +137,10 @@ class LoadedModel:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise OutOfMemory(f"{capability}: {len(rows)} rows: {_first_line(error)}") from error
+        except Exception as error:
+            if is_sticky(error):
+                raise DeviceLost(f"{self.device} is lost: {_first_line(error)}") from error
+            raise
         _check_shapes(method, outputs, len(rows))
         results: list[Row] = list(zip(*outputs, strict=True))
         if all(np.isfinite(output).all() for output in outputs):

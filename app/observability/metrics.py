@@ -69,6 +69,18 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._changes = Counter(
+            "hourglass_model_changes",
+            "Versions that were loaded, verified alone, refused, evicted or unloaded.",
+            ("model", "change"),
+            registry=self.registry,
+        )
+        self._load_seconds = Histogram(
+            "hourglass_model_load_seconds",
+            "How long it took until a version was loaded, tested and warm.",
+            buckets=(*_SECONDS, 30.0, 60.0, 120.0),
+            registry=self.registry,
+        )
         # Looking labels up costs more than counting; methods and statuses come from outside, so not without bound.
         self._request_children = lru_cache(maxsize=512)(
             lambda method, route, status: (
@@ -94,6 +106,16 @@ class Metrics:
         queue_seconds = self._queue_seconds.labels(*labels)
         for wait_s in record.waits_s:
             queue_seconds.observe(wait_s)
+
+    def observe_change(self, model: str, version: int, change: str, seconds: float) -> None:
+        """Counts a version that was loaded, verified, refused, evicted or unloaded; forgets the unloaded one's own."""
+        self._changes.labels(model, change).inc()
+        if change == "loaded":
+            self._load_seconds.observe(seconds)
+        # Files that several processes share cannot forget; one process must, or every reload would leave something.
+        if change == "unloaded" and MULTIPROCESS_VARIABLE not in os.environ:
+            for metric in (self._rows, self._failed_rows, self._batches, self._queue_seconds, self._run_seconds):
+                metric.remove_by_labels({"model": model, "version": str(version)})
 
     def exposition(self) -> bytes:
         """Every metric in Prometheus' text format, over all workers."""
@@ -123,6 +145,11 @@ class _States(Collector):
         )
         yield GaugeMetricFamily(
             "process_resident_memory_bytes", "Memory of all workers.", sum(s.resident_bytes for s in snapshots)
+        )
+        yield GaugeMetricFamily(
+            "hourglass_model_memory_bytes",
+            "Parameters and buffers of the models in memory, over all workers.",
+            sum(s.model_bytes for s in snapshots),
         )
         family = GaugeMetricFamily(
             "hourglass_model_state", "1 for the state that the version is in.", labels=("model", "version", "state")

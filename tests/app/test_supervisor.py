@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,3 +151,35 @@ def test_a_taken_port_is_named(store: Path, pair: Running) -> None:
         )
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert f"cannot listen on 127.0.0.1, port {pair.port}" in done.stderr
+
+
+def test_model_control_reaches_every_worker(store: Path, tmp_path: Path) -> None:
+    """When an order is answered, every worker has done it, and one that is replaced starts with it."""
+    shutil.copytree(store, tmp_path / "store")
+    keys = tmp_path / "keys"
+    keys.write_text(f"operator infer,admin sha256:{hashlib.sha256(b'key').hexdigest()}\n")
+    bearer = {"authorization": "Bearer key"}
+    with running(
+        tmp_path / "store", tmp_path / "log", "--workers", "2", HOURGLASS_API_KEYS_FILE=str(keys), TMPDIR=str(tmp_path)
+    ) as service:
+
+        def order(path: str) -> int:
+            return httpx.post(f"http://127.0.0.1:{service.port}/models/{path}", headers=bearer, timeout=60).status_code
+
+        def answering() -> set[str]:
+            url = f"http://127.0.0.1:{service.port}/encode?model=tiny"
+            answers = [httpx.post(url, json=ITEM, headers=bearer, timeout=20) for _ in range(16)]
+            return {answer.headers.get("x-model") or answer.json()["code"] for answer in answers}
+
+        assert answering() == {"tiny:2"}
+        assert order("tiny/rollback") == 200
+        assert answering() == {"tiny:1"}
+        os.kill(service.workers()[0], signal.SIGKILL)
+        service.until(lambda: service.get("/readyz").status_code == 503, "not ready", seconds=5)
+        service.until(lambda: service.get("/readyz").status_code == 200, "ready again")
+        assert answering() == {"tiny:1"}
+        assert order("tiny/unload") == 200
+        assert answering() == {"model_unavailable"}
+        assert order("tiny/load") == 200
+        assert answering() == {"tiny:2"}
+        assert order("tiny/load?version=7") == 404

@@ -57,7 +57,13 @@ def test_probes_of_a_ready_service(service: Service) -> None:
     """Alive, ready without reasons, loaded."""
     assert service.client.get("/livez").json() == {"live": True}
     assert service.client.get("/readyz").json() == {"ready": True, "reasons": []}
-    assert service.client.get("/startupz").json() == {"done": True, "loaded": 3, "refused": 0, "loading": []}
+    assert service.client.get("/startupz").json() == {
+        "done": True,
+        "loaded": 3,
+        "refused": 0,
+        "unloaded": 0,
+        "loading": [],
+    }
 
 
 def test_models_tell_what_is_served(service: Service, store: Path) -> None:
@@ -211,8 +217,8 @@ def test_openapi_lists_every_route_with_its_errors(service: Service) -> None:
                 if status >= "400":
                     codes.setdefault(status, set()).update(re.findall(r"`(\w+)`", response["description"]))
                     (reference,) = {content["schema"]["$ref"] for content in response["content"].values()}
-                    assert reference.rsplit("/", 1)[1] in ("Problem", "NotReadyProblem")
-    routing = {"not_found", "method_not_allowed", "admin_disabled"}  # of what is no route
+                    assert reference.rsplit("/", 1)[1] in ("Problem", "NotReadyProblem", "NotLiveProblem")
+    routing = {"not_found", "method_not_allowed"}  # of what is no route
     for status, code in STATUS.values():
         assert code in codes.get(str(status), set()) | routing, code
     for route in INFERENCE:
