@@ -10,7 +10,7 @@ fresh=$(mktemp -d)
 trap 'rm -rf "$fresh"' EXIT
 
 "$python" -m venv "$fresh/venv"
-"$python" scripts/requirements.py train dev > "$fresh/requirements.txt"
+"$python" scripts/requirements.py train dev tensorboard quality > "$fresh/requirements.txt"
 "$fresh/venv/bin/python" -m pip install --disable-pip-version-check --requirement "$fresh/requirements.txt"
 
 {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,17 +16,37 @@ from rich.console import Console
 from rich.table import Table
 
 from app.artifacts.manifest import NAME_PATTERN, Capability, Metric
-from app.artifacts.store import ArtifactRef, read_artifact
-from training.autoencoders import AUTOENCODERS
-from training.data import TORCHVISION_SETS, Dataset, default_data_root, load_dataset
+from app.artifacts.store import Artifact, ArtifactRef, read_artifact
+from training.data import TORCHVISION_SETS, default_data_root
+from training.dataset import Dataset
 from training.errors import TrainingError
+from training.interruption import Interruption, stop_signals
+from training.loop import Interrupted, Progress
 from training.models import SHIPPED_MODELS
 from training.presets import PRESETS, Preset, get_preset, override
-from training.progress import Bar, Lines
-from training.run import choose_device, evaluate_artifact, make_artifact, open_artifact, verify_artifact
+from training.processes import Processes, joined_processes
+from training.progress import Bar, Lines, Silent
+from training.rehearsal import rehearse
+from training.run import (
+    check_fits,
+    choose_device,
+    evaluate_artifact,
+    export_checkpoint,
+    make_artifact,
+    open_artifact,
+    recalibrate,
+    verify_artifact,
+)
+from training.runs import DataChoice, Recipe, Run, new_folder, settings_of_toml
+from training.splits import split_dataset
+from training.tables import TABLE_SUFFIXES
 
-DATA_HELP = f"digits (offline), {', '.join(TORCHVISION_SETS)} (through torchvision), or a folder of pictures."
-SHOWN_SKIPPED_FILES = 10
+DATA_HELP = (
+    f"digits (offline), {', '.join(TORCHVISION_SETS)} (through torchvision), a folder of pictures, or a "
+    f"{', '.join(TABLE_SUFFIXES)} file of pictures or records."
+)
+SHOWN_SKIPPED = 10
+RUNS = Path("runs")
 
 app = typer.Typer(
     name="python -m training",
@@ -37,6 +59,14 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+
+
+class OnBad(StrEnum):
+    """What to do with files and rows that cannot be used."""
+
+    SKIP = "skip"
+    FAIL = "fail"
+
 
 DataOption = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 DataRootOption = Annotated[
@@ -54,10 +84,23 @@ ImageSizeOption = Annotated[
 ChannelsOption = Annotated[
     int | None, typer.Option("--channels", help="For folders: 1 (grey) or 3 (RGB). Default: 1 if all are grey.")
 ]
+LabelColumnOption = Annotated[
+    str | None,
+    typer.Option("--label-column", help="For .csv and .parquet: the column of classes. Default: `label` if there."),
+]
+OnBadOption = Annotated[
+    OnBad, typer.Option("--on-bad", help="Unreadable files, rows without numbers: leave them out, or end it all.")
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads; results depend on it. Default: torch's choice.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors and where the artifact lies.")]
+TensorboardOption = Annotated[
+    bool, typer.Option("--tensorboard", help="Also log to the run's folder for TensorBoard (an extra).")
+]
+ArtifactArgument = Annotated[str, typer.Argument(metavar="NAME[:VERSION]")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
 
 
 @app.command("train")
@@ -74,6 +117,11 @@ def train_command(
     threads: ThreadsOption = None,
     image_size: ImageSizeOption = None,
     channels: ChannelsOption = None,
+    label_column: LabelColumnOption = None,
+    on_bad: OnBadOption = OnBad.SKIP,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A TOML file of tables such as [optimisation], over the preset.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Changes a hyper-parameter; may be given again."),
@@ -82,8 +130,21 @@ def train_command(
         list[Capability] | None,
         typer.Option("--default-for", help="The service prefers this artifact for it; may be given again."),
     ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", min=0.01, help="The schedule ends by then, if not before.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Where checkpoint and metrics go. Default: runs/NAME.")
+    ] = None,
+    tensorboard: TensorboardOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell parameters, memory and minutes, after a few steps.")
+    ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train, calibrate, evaluate and export one artifact, and verify what was written.
+
+    Several processes: `torchrun --nproc-per-node 2 -m training train …`, with the result of one.
 
     Examples:
     `python -m training train basic --data digits --name my-digits`
@@ -93,16 +154,77 @@ def train_command(
     `python -m training train vae --data fashion-mnist --name clothes --set latent_dim=8 --set learning_rate=5e-4`
     """
     with _one_line_errors():
-        changes = list(settings or [])
+        changes = [] if config is None else settings_of_toml(config)
+        changes += list(settings or [])
         changes += [] if epochs is None else [f"optimisation.epochs={epochs}"]
         changes += [] if batch_size is None else [f"optimisation.batch_size={batch_size}"]
         preset = override(get_preset(preset_name), changes)
         _check_name(name)
         _use_threads(threads)
         chosen = choose_device(device)
-        dataset = _load(data, data_root, image_size, channels)
-        ref = _make(preset, dataset, name, store, seed, chosen, tuple(default_for or ()))
-        _show_next_steps(ref, store)
+        choice = _choice(data, data_root, image_size, channels, label_column, on_bad)
+        with joined_processes(chosen) as processes:
+            dataset = _load(choice, shown=processes.writes)
+            check_fits(preset, dataset, tuple(default_for or ()))
+            if dry_run:
+                _show_rehearsal(preset, dataset, seed, chosen, max_minutes)
+                return
+            recipe = Recipe(
+                preset=preset_name,
+                settings=tuple(changes),
+                config=preset.config,
+                data=choice,
+                data_sha256=dataset.sha256,
+                name=name,
+                store=store,
+                seed=seed,
+                device=device,
+                threads=threads,
+                max_minutes=max_minutes,
+                default_for=tuple(default_for or ()),
+            )
+            split_dataset(dataset, seed)  # what it refuses shall leave no run behind
+            run = Run.create(run_dir or new_folder(RUNS, name), recipe, writes=processes.writes)
+            _train(run, preset, dataset, chosen, processes, tensorboard=tensorboard, quiet=quiet)
+
+
+@app.command("resume")
+def resume_command(folder: RunArgument, tensorboard: TensorboardOption = False, quiet: QuietOption = False) -> None:
+    """Go on with a run from its last checkpoint; the result is that of a run never interrupted, bit for bit."""
+    with _one_line_errors():
+        run = Run.open(folder)
+        if run.recipe.artifact is not None:
+            raise TrainingError(f"run {folder}: finished, its artifact is {run.recipe.artifact}")
+        preset = run.recipe.resolve()
+        _use_threads(run.recipe.threads)
+        device = choose_device(run.recipe.device)
+        with joined_processes(device) as processes:
+            run = Run.open(folder, writes=processes.writes)
+            dataset = _load(run.recipe.data, shown=processes.writes)
+            run.check_unchanged(preset, dataset)
+            _train(run, preset, dataset, device, processes, tensorboard=tensorboard, quiet=quiet)
+
+
+@app.command("export")
+def export_command(folder: RunArgument) -> None:
+    """Make an artifact of a run's last checkpoint, finished or not; the run can still be resumed."""
+    with _one_line_errors():
+        run = Run.open(folder)
+        preset = run.recipe.resolve()
+        _use_threads(run.recipe.threads)
+        dataset = _load(run.recipe.data)
+        run.check_unchanged(preset, dataset)
+        recipe = run.recipe
+        ref = export_checkpoint(
+            preset,
+            dataset,
+            run.checkpoint,
+            name=recipe.name,
+            store=recipe.store,
+            seed=recipe.seed,
+            default_for=recipe.default_for,
+        )
+        _show_written(ref, recipe.store)
 
 
 @app.command("models")
@@ -122,8 +244,20 @@ def models_command(
             if only and model.name not in only:
                 continue
             _use_threads(model.threads)
-            dataset = _load(model.data, data_root, None, None)
-            _make(get_preset(model.preset), dataset, model.name, store, model.seed, chosen, model.default_for)
+            dataset = _load(_choice(model.data, data_root))
+            with _shown(quiet=False) as progress:
+                ref = make_artifact(
+                    get_preset(model.preset),
+                    dataset,
+                    name=model.name,
+                    store=store,
+                    seed=model.seed,
+                    device=chosen,
+                    progress=progress,
+                    default_for=model.default_for,
+                    say=_say,
+                )
+            _show_figures(ref)
 
 
 @app.command("list")
@@ -131,19 +265,75 @@ def list_command() -> None:
     """Show every preset: what it is for, what its artifacts can do, where it comes from, what to expect of it."""
     table = Table(title="Presets", caption="Figures: MNIST test pictures, the preset's own settings.")
     table.add_column("preset", no_wrap=True)
-    for heading in ("for", "capabilities", "source", "expected"):
+    for heading in ("for", "takes", "capabilities", "source", "expected"):
         table.add_column(heading, overflow="fold")
     for preset in PRESETS.values():
-        capabilities = ", ".join(AUTOENCODERS[preset.architecture].capabilities)
-        table.add_row(preset.name, preset.purpose, capabilities, preset.source, preset.expected)
+        can = ", ".join(preset.capabilities)
+        table.add_row(preset.name, preset.purpose, ", ".join(preset.takes), can, preset.source, preset.expected)
     console.print(table)
     console.print("python -m training train PRESET --data digits --name NAME", highlight=False, soft_wrap=True)
 
 
-@app.command("verify")
-def verify_command(
-    artifact: Annotated[str, typer.Argument(metavar="NAME[:VERSION]")], store: StoreOption = Path("models_store")
+@app.command("data")
+def data_command(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    data_root: DataRootOption = None,
+    image_size: ImageSizeOption = None,
+    channels: ChannelsOption = None,
+    label_column: LabelColumnOption = None,
+    on_bad: OnBadOption = OnBad.SKIP,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split.")] = 0,
 ) -> None:
+    """Look at data before training: shape, classes, parts, hashes, and what is wrong with it."""
+    with _one_line_errors():
+        dataset = _load(_choice(data, data_root, image_size, channels, label_column, on_bad))
+        split = split_dataset(dataset, seed)
+        table = Table(title=dataset.name, show_header=False)
+        kind = "pictures" if dataset.picture is not None else "records"
+        table.add_row("items", f"{len(dataset.items):,} {kind} of {' × '.join(map(str, dataset.item_shape))}")
+        if dataset.features is not None:
+            table.add_row("features", ", ".join(dataset.features[:20]) + (" …" if len(dataset.features) > 20 else ""))
+        if dataset.labels is not None:
+            counts = torch.bincount(dataset.labels, minlength=len(dataset.label_names)).tolist()
+            pairs = zip(dataset.label_names[:20], counts, strict=False)
+            table.add_row("classes", ", ".join(f"{label}: {count}" for label, count in pairs))
+        table.add_row("parts", ", ".join(f"{part}: {count:,}" for part, count in split.counts.items()))
+        table.add_row("SHA-256", dataset.sha256)
+        table.add_row("split's SHA-256", split.sha256)
+        table.add_row("presets", ", ".join(p.name for p in PRESETS.values() if kind in p.takes))
+        console.print(table)
+
+
+@app.command("inspect")
+def inspect_command(artifact: ArtifactArgument, store: StoreOption = Path("models_store")) -> None:
+    """Show what an artifact says about itself: capabilities, reasons for those it lacks, figures, origin."""
+    with _one_line_errors():
+        manifest = open_artifact(artifact, store).manifest
+        table = Table(title=f"{manifest.name}:{manifest.version}", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row("description", manifest.description)
+        table.add_row("input", f"{' × '.join(map(str, manifest.input.shape))}, range {manifest.input.range}")
+        table.add_row("latent_dim", str(manifest.latent_dim))
+        table.add_row("can", ", ".join(manifest.capabilities))
+        for capability, reason in manifest.unsupported.items():
+            table.add_row(f"cannot {capability}", reason)
+        if manifest.labels is not None:
+            table.add_row("classes to sample", ", ".join(manifest.labels))
+        if manifest.calibration is not None:
+            table.add_row("calibration", f"{manifest.calibration.count} scores, {manifest.calibration.source}")
+        origin = manifest.training
+        table.add_row("trained", f"{origin.preset} on {origin.data.name}, seed {origin.seed}, {origin.epochs} epochs")
+        table.add_row("on", f"{origin.device}, {origin.threads} threads, {origin.wall_time_s:.0f} s")
+        table.add_row("parameters", f"{origin.parameters:,}")
+        for file, entry in manifest.files.items():
+            table.add_row(file, f"{entry.bytes:,} bytes, SHA-256 {entry.sha256}")
+        console.print(table)
+        _show_metrics("Figures", manifest.metrics)
+
+
+@app.command("verify")
+def verify_command(artifact: ArtifactArgument, store: StoreOption = Path("models_store")) -> None:
     """Check an artifact's hashes, and run its self-test on this machine. Exit code 1 if it fails."""
     with _one_line_errors(exit_code=1):
         opened = open_artifact(artifact, store)
@@ -161,72 +351,207 @@ def verify_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    artifact: Annotated[str, typer.Argument(metavar="NAME[:VERSION]")],
+    artifact: ArtifactArgument,
     data: DataOption,
     store: StoreOption = Path("models_store"),
     data_root: DataRootOption = None,
     image_size: ImageSizeOption = None,
     channels: ChannelsOption = None,
+    label_column: LabelColumnOption = None,
 ) -> None:
     """Measure an artifact's test figures anew, beside those in its manifest."""
     with _one_line_errors():
         opened = open_artifact(artifact, store)
-        dataset = _load(data, data_root, image_size, channels)
+        dataset = _load_for(opened, data, data_root, image_size, channels, label_column)
         metrics, same_split = evaluate_artifact(opened, dataset)
         _show_metrics(f"{opened.ref} on {dataset.name}", metrics, opened.manifest.metrics)
         if not same_split:
             console.print("Not the data that it was made from: its manifest has another split hash.")
 
 
-def _make(
+@app.command("calibrate")
+def calibrate_command(
+    artifact: ArtifactArgument,
+    data: DataOption,
+    store: StoreOption = Path("models_store"),
+    data_root: DataRootOption = None,
+    image_size: ImageSizeOption = None,
+    channels: ChannelsOption = None,
+    label_column: LabelColumnOption = None,
+) -> None:
+    """Write the artifact's next version with a threshold measured on these normal items; the model stays as it is.
+
+    They must be normal, and neither items that it was trained on nor items that it will be judged on.
+    """
+    with _one_line_errors():
+        opened = open_artifact(artifact, store)
+        dataset = _load_for(opened, data, data_root, image_size, channels, label_column)
+        ref = recalibrate(opened, dataset, f"{dataset.name}, {len(dataset.items)} items")
+        calibration = read_artifact(ref).manifest.calibration
+        if calibration is not None:
+            _say(f"{ref}: {calibration.count} scores, {calibration.id}; model.pt as in {opened.ref}")
+        _show_written(ref, store)
+
+
+@app.command("compare")
+def compare_command(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs.")],
+) -> None:
+    """Put runs side by side: settings in which they differ, and how far each came."""
+    with _one_line_errors():
+        runs = [Run.open(folder) for folder in folders]
+        table = Table(title="Runs")
+        table.add_column("", no_wrap=True)
+        for run in runs:
+            table.add_column(run.folder.name, overflow="fold")
+        configs = [_flat(run.recipe.config) for run in runs]
+        facts: dict[str, list[str]] = {
+            "preset": [run.recipe.preset for run in runs],
+            "data": [run.recipe.data.name for run in runs],
+            "seed": [str(run.recipe.seed) for run in runs],
+        }
+        for key in dict.fromkeys(key for config in configs for key in config):
+            values = [str(config.get(key, "–")) for config in configs]
+            if len(set(values)) > 1:
+                facts[key] = values
+        lasts = [epochs[-1] if (epochs := run.epochs()) else {} for run in runs]
+        for key, label in (("number", "epochs"), ("loss", "loss"), ("validation_mse", "validation MSE")):
+            facts[label] = [f"{last[key]:.5g}" if key in last else "–" for last in lasts]
+        artifacts = [_artifact_of(run) for run in runs]
+        names = dict.fromkeys(name for artifact in artifacts if artifact for name in artifact.manifest.metrics)
+        for name in names:
+            facts[name] = [
+                f"{artifact.manifest.metrics[name].value:.5g}"
+                if artifact is not None and name in artifact.manifest.metrics
+                else "–"
+                for artifact in artifacts
+            ]
+        facts["artifact"] = [run.recipe.artifact or "unfinished" for run in runs]
+        for label, values in facts.items():
+            table.add_row(label, *values)
+        console.print(table)
+
+
+def _train(
+    run: Run,
     preset: Preset,
     dataset: Dataset,
-    name: str,
-    store: Path,
-    seed: int,
     device: torch.device,
-    default_for: tuple[Capability, ...],
-) -> ArtifactRef:
-    """Trains with whatever shows progress best here, and prints the figures."""
+    processes: Processes,
+    *,
+    tensorboard: bool,
+    quiet: bool,
+) -> None:
+    """Trains a run to its end, or to a signal's, and shows how it goes."""
+    recipe = run.recipe
+    with stop_signals() as interruption, _shown(quiet=quiet or not processes.writes) as progress:
+        try:
+            ref = make_artifact(
+                preset,
+                dataset,
+                name=recipe.name,
+                store=recipe.store,
+                seed=recipe.seed,
+                device=device,
+                progress=run.progress(progress, tensorboard=tensorboard),
+                default_for=recipe.default_for,
+                say=_say if processes.writes and not quiet else lambda _: None,
+                checkpoints=run.checkpoint,
+                max_minutes=recipe.max_minutes,
+                stop=interruption.is_asked,
+                processes=processes,
+            )
+        except Interrupted as error:
+            raise _Stopped(interruption, run) from error
+    if ref is None:
+        return
+    run.save(artifact=str(ref))
+    if not quiet:
+        _show_figures(ref)
+    _show_written(ref, recipe.store)
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
 
-    def make(progress: Bar | Lines) -> ArtifactRef:
-        return make_artifact(
-            preset,
-            dataset,
-            name=name,
-            store=store,
-            seed=seed,
-            device=device,
-            progress=progress,
-            default_for=default_for,
-            say=say,
-        )
+@dataclass
+class _Stopped(Exception):  # named for what happened
+    interruption: Interruption
+    run: Run
 
-    if console.is_terminal:
+
+def _artifact_of(run: Run) -> Artifact | None:
+    try:
+        return None if run.recipe.artifact is None else open_artifact(run.recipe.artifact, run.recipe.store)
+    except TrainingError:
+        return None  # removed since
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, fields in config.items() for key, value in fields.items()}
+
+
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[Progress]:
+    """Whatever shows progress best here."""
+    if quiet:
+        yield Silent()
+    elif console.is_terminal:
         with Bar(console) as bar:
-            ref = make(bar)
+            yield bar
     else:
-        ref = make(Lines(console))
-    manifest = read_artifact(ref).manifest
-    _show_metrics(f"{ref}, {manifest.training.wall_time_s:.0f} s of training", manifest.metrics)
-    return ref
+        yield Lines(console)
 
 
-def _load(data: str, data_root: Path | None, image_size: str | None, channels: int | None) -> Dataset:
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _choice(
+    data: str,
+    data_root: Path | None,
+    image_size: str | None = None,
+    channels: int | None = None,
+    label_column: str | None = None,
+    on_bad: OnBad = OnBad.SKIP,
+) -> DataChoice:
     if channels not in (None, 1, 3):
         raise TrainingError(f"channels: expected 1 or 3, found {channels}")
-    dataset = load_dataset(
-        data, data_root or default_data_root(), image_size_px=_parse_size(image_size), channels=channels
+    return DataChoice(
+        name=data,
+        root=data_root or default_data_root(),
+        image_size_px=_parse_size(image_size),
+        channels=channels,
+        label_column=label_column,
+        on_bad=on_bad.value,
     )
+
+
+def _load_for(
+    artifact: Artifact,
+    data: str,
+    data_root: Path | None,
+    image_size: str | None,
+    channels: int | None,
+    label_column: str | None,
+) -> Dataset:
+    """Data for an artifact: a folder's pictures are brought to its input unless the caller says otherwise."""
+    shape = artifact.manifest.input.shape
+    if len(shape) == 3 and Path(data).expanduser().is_dir():
+        image_size = image_size or f"{shape[1]}x{shape[2]}"
+        channels = channels or shape[0]
+    return _load(_choice(data, data_root, image_size, channels, label_column))
+
+
+def _load(choice: DataChoice, *, shown: bool = True) -> Dataset:
+    dataset = choice.load()
+    if not shown:
+        return dataset
     if dataset.skipped:
-        errors.print(f"skipped {len(dataset.skipped)} unreadable files:", highlight=False)
-        for line in dataset.skipped[:SHOWN_SKIPPED_FILES]:
+        errors.print(f"skipped {len(dataset.skipped)} that cannot be used:", highlight=False)
+        for line in dataset.skipped[:SHOWN_SKIPPED]:
             errors.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-        if len(dataset.skipped) > SHOWN_SKIPPED_FILES:
-            errors.print(f"  and {len(dataset.skipped) - SHOWN_SKIPPED_FILES} more", highlight=False)
+        if len(dataset.skipped) > SHOWN_SKIPPED:
+            errors.print(f"  and {len(dataset.skipped) - SHOWN_SKIPPED} more", highlight=False)
+    for remark in dataset.remarks:
+        errors.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
     return dataset
 
 
@@ -249,6 +574,30 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def _show_rehearsal(
+    preset: Preset, dataset: Dataset, seed: int, device: torch.device, max_minutes: float | None
+) -> None:
+    rehearsal = rehearse(preset, dataset, seed, device)
+    table = Table(title=f"{preset.name} on {dataset.name}", show_header=False)
+    table.add_row("parameters", f"{rehearsal.parameters:,}")
+    table.add_row("memory", f"about {rehearsal.memory_bytes / 1e6:,.0f} MB beside torch itself")
+    table.add_row(
+        "steps", f"{rehearsal.steps:,} of {preset.optimisation.batch_size} items, {rehearsal.step_s:.2g} s each"
+    )
+    minutes = rehearsal.minutes if max_minutes is None else min(max_minutes, rehearsal.minutes)
+    table.add_row("estimated time", f"{minutes:.2g} minutes on {device}, {torch.get_num_threads()} threads")
+    for section, fields in preset.config.items():
+        table.add_row(section, ", ".join(f"{key}={value}" for key, value in fields.items()) or "–")
+    console.print(table)
+    console.print("Nothing was trained or written.")
+
+
+def _show_figures(ref: ArtifactRef | None) -> None:
+    if ref is not None:
+        manifest = read_artifact(ref).manifest
+        _show_metrics(f"{ref}, {manifest.training.wall_time_s:.0f} s of training", manifest.metrics)
+
+
 def _show_metrics(title: str, metrics: dict[str, Metric], promised: dict[str, Metric] | None = None) -> None:
     """Figures beside their baselines, then how each was measured: too much for a column."""
     table = Table(title=title)
@@ -263,12 +612,19 @@ def _show_metrics(title: str, metrics: dict[str, Metric], promised: dict[str, Me
         console.print(f"{name}: {metric.unit}; {metric.protocol}", highlight=False, markup=False, style="dim")
 
 
-def _show_next_steps(ref: ArtifactRef, store: Path) -> None:
+def _show_written(ref: ArtifactRef, store: Path) -> None:
+    manifest = read_artifact(ref).manifest
     lines = [
         f"Written to {ref.path}, verified. Serve it (a running service finds it after a restart):",
         f"  HOURGLASS_MODELS_STORE={store} python -m app serve",
-        f"  curl -F image=@examples/digit-7.png 'http://127.0.0.1:8000/reconstruct?model={ref.name}'",
     ]
+    if manifest.input.picture is not None:
+        route = next((c for c in (Capability.RECONSTRUCT, Capability.DENOISE) if c in manifest.capabilities), None)
+        if route is not None:
+            lines.append(f"  curl -F image=@examples/digit-7.png 'http://127.0.0.1:8000/{route}?model={ref.name}'")
+    else:
+        row = ", ".join("0" for _ in range(manifest.input.size))
+        lines.append(f"  curl 'http://127.0.0.1:8000/anomaly-score?model={ref.name}' -d '{{\"instances\": [[{row}]]}}'")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -281,6 +637,15 @@ def _one_line_errors(exit_code: int = 2) -> Iterator[None]:
     except TrainingError as error:
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(exit_code) from error
+    except _Stopped as stopped:
+        errors.print(
+            f"{stopped.interruption.name}: checkpoint written; go on with "
+            f"`python -m training resume {stopped.run.folder}`",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(stopped.interruption.exit_code) from None
     except KeyboardInterrupt:
         errors.print("interrupted; nothing was written", highlight=False)
         raise typer.Exit(130) from None

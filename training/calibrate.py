@@ -9,7 +9,7 @@ from torch import Tensor
 
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import CalibrationEntry, Capability
-from training.data import to_unit
+from training.data import to_float
 from training.export import ExportedModule
 
 CALIBRATION_FILE = "calibration.npy"
@@ -20,13 +20,13 @@ def calibrate(exported: ExportedModule, images: Tensor, source: str) -> tuple[Ca
 
     Args:
         exported: the module as served, so that its scores and these are the same function's.
-        images: uint8, (items, *item): seen neither by training nor by the choice of anything.
+        images: (items, *item): seen neither by training nor by the choice of anything.
         source: the data set and the part of it, for the manifest.
 
     Returns:
         The calibration, its entry in the manifest, and the bytes of CALIBRATION_FILE.
     """
-    scores = exported.run(Capability.ANOMALY_SCORE, to_unit(images)).numpy()
+    scores = exported.run(Capability.ANOMALY_SCORE, to_float(images)).numpy()
     calibration = Calibration.from_scores(scores)
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(calibration.scores, dtype="<f4"), allow_pickle=False)

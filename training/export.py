@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from app.artifacts.manifest import Capability, InputSpec, Method, TensorSpec
 from training.autoencoders import Autoencoder
 from training.errors import TrainingError
+from training.sampler import Sampler, prior_sampler
 
 TOLERANCE = 1e-5
-"""Largest absolute difference between the eager module and the exported one."""
+"""Largest difference between the eager module and the exported one: absolute below 1, else relative."""
 
 CHECKED_BATCH_SIZES = (1, 2, 7, 64)
 
@@ -64,28 +65,40 @@ class _Inpaint(_Method):
     def inpaint(self, x: Tensor, mask: Tensor) -> Tensor:
         """(batch, *item), (batch, 1, height, width) or (batch, features), 1 = missing → (batch, *item).
 
-        What is missing is taken for the lowest value before the network sees it; what is known comes back as it is.
+        What is missing is blanked before the network sees it; what is known comes back as it is.
         """
-        known = x * (1 - mask)
-        return known + self.network.reconstruct(known) * mask
+        restored = self.network.restore(self.network.blank(x, mask), mask)
+        return torch.where((mask > 0).expand_as(x), restored, x)
 
 
 class _AnomalyScore(_Method):
     @torch.jit.export
     def anomaly_score(self, x: Tensor) -> Tensor:
-        """(batch, *item) → (batch,): mean squared reconstruction error, higher is more anomalous."""
-        return (self.network.reconstruct(x) - x).square().flatten(1).mean(1)
+        """(batch, *item) → (batch,): higher is more anomalous."""
+        return self.network.score(x)
 
 
 class _Sample(_Method):
+    if TYPE_CHECKING:
+        sampler: Sampler
+
     @torch.jit.export
     def sample(self, u: Tensor, eps: Tensor) -> Tensor:
         """(batch,), (batch, latent_dim) → (batch, *item).
 
-        `eps` is standard normal. `u` chooses the component of a mixture; the prior N(0, I) has none, so it is ignored.
+        `u`, in [0, 1), chooses the component of a mixture; `eps` is standard normal.
         """
-        del u
-        return self.network.decode(eps)
+        return self.network.decode(self.sampler(u, eps, torch.full_like(u, -1.0)))
+
+
+class _SampleOfClass(_Method):
+    if TYPE_CHECKING:
+        sampler: Sampler
+
+    @torch.jit.export
+    def sample(self, u: Tensor, eps: Tensor, label: Tensor) -> Tensor:
+        """(batch,), (batch, latent_dim), (batch,) → (batch, *item): as `_Sample`; -1 for any class."""
+        return self.network.decode(self.sampler(u, eps, label))
 
 
 METHODS: dict[Capability, type[nn.Module]] = {
@@ -106,19 +119,31 @@ class Servable(nn.Module):
     Made by `servable`, whose class for a set of capabilities inherits their methods.
     """
 
-    def __init__(self, network: Autoencoder) -> None:
+    def __init__(self, network: Autoencoder, sampler: Sampler | None) -> None:
         super().__init__()
         self.network = network
+        if sampler is not None:
+            self.sampler = sampler
 
 
-def servable(network: Autoencoder) -> Servable:
-    """The network with the methods of its capabilities, on the CPU in evaluation mode."""
-    return _servable_class(network.capabilities)(network.cpu().eval()).eval()
+def servable(network: Autoencoder, sampler: Sampler | None = None, classes: int = 0) -> Servable:
+    """The network with the methods of its capabilities, on the CPU in evaluation mode.
+
+    Args:
+        sampler: of latent vectors, by default the prior N(0, I).
+        classes: how many classes `sample` can be asked for; 0: it takes no label.
+    """
+    samples = Capability.SAMPLE in network.capabilities
+    if samples and sampler is None and network.latent_dim is not None:
+        sampler = prior_sampler(network.latent_dim)
+    kind = _servable_class(tuple(network.capabilities), of_class=classes > 0)
+    return kind(network.cpu().eval(), sampler if samples else None).eval()
 
 
 @functools.cache
-def _servable_class(capabilities: tuple[Capability, ...]) -> type[Servable]:
-    return type("Servable", (Servable, *(METHODS[capability] for capability in capabilities)), {})
+def _servable_class(capabilities: tuple[Capability, ...], *, of_class: bool) -> type[Servable]:
+    methods = METHODS | ({Capability.SAMPLE: _SampleOfClass} if of_class else {})
+    return type("Servable", (Servable, *(methods[capability] for capability in capabilities)), {})
 
 
 class ExportedModule:
@@ -164,19 +189,21 @@ class ExportedModule:
 
 
 def signatures(
-    capabilities: Sequence[Capability], item_shape: tuple[int, ...], latent_dim: int
+    capabilities: Sequence[Capability], item_shape: tuple[int, ...], latent_dim: int | None, classes: int = 0
 ) -> dict[Capability, Method]:
-    """Inputs and outputs of each method, as the manifest states them."""
-    x, z = ("x", item_shape), ("z", (latent_dim,))
+    """Inputs and outputs of each method, as the manifest states them; `latent_dim` is None where none has latents."""
+    latent = (1 if latent_dim is None else latent_dim,)
+    x, z = ("x", item_shape), ("z", latent)
+    noise: list[tuple[str, tuple[int, ...]]] = [("u", ()), ("eps", latent), *([("label", ())] if classes else [])]
     mask = ("mask", InputSpec(shape=item_shape).mask_shape)
     table: dict[Capability, tuple[list[tuple[str, tuple[int, ...]]], tuple[str, tuple[int, ...]]]] = {
-        Capability.ENCODE: ([x], ("latent", (latent_dim,))),
+        Capability.ENCODE: ([x], ("latent", latent)),
         Capability.DECODE: ([z], ("reconstruction", item_shape)),
         Capability.RECONSTRUCT: ([x], ("reconstruction", item_shape)),
         Capability.DENOISE: ([x], ("denoised", item_shape)),
         Capability.INPAINT: ([x, mask], ("inpainted", item_shape)),
         Capability.ANOMALY_SCORE: ([x], ("score", ())),
-        Capability.SAMPLE: ([("u", ()), ("eps", (latent_dim,))], ("sample", item_shape)),
+        Capability.SAMPLE: (noise, ("sample", item_shape)),
     }
     return {
         capability: Method(
@@ -187,18 +214,25 @@ def signatures(
     }
 
 
-def export(network: Autoencoder, items: Tensor, noise: torch.Generator) -> bytes:
+def export(
+    network: Autoencoder,
+    items: Tensor,
+    noise: torch.Generator,
+    sampler: Sampler | None = None,
+    classes: int = 0,
+) -> bytes:
     """The bytes of `model.pt`, checked against the eager network; the same network gives the same bytes.
 
     Args:
         network: trained.
         items: float32 items to check with, (at least 64, *item).
         noise: where the other methods' inputs are drawn from.
+        sampler, classes: what `sample` draws from, and of how many classes; by default the prior, without classes.
 
     Raises TrainingError if an exported method differs from the eager one by more than TOLERANCE, or if a row's
     answer depends by more than that on how many rows share its batch.
     """
-    eager = servable(network)
+    eager = servable(network, sampler, classes)
     with _deprecation_silenced():
         _forget_scripted_classes()
         scripted = torch.jit.script(eager)
@@ -209,11 +243,14 @@ def export(network: Autoencoder, items: Tensor, noise: torch.Generator) -> bytes
     expected_methods = tuple(sorted(network.capabilities))
     if exported.methods != expected_methods:
         raise TrainingError(f"export: expected the methods {expected_methods}, found {exported.methods}")
-    for method, inputs in method_inputs(network.capabilities, network.latent_dim, items, noise).items():
+    for method, inputs in method_inputs(network.capabilities, network.latent_dim, items, noise, classes).items():
         with torch.inference_mode():
             expected = getattr(eager, method)(*inputs)
         for batch_size in CHECKED_BATCH_SIZES:
-            difference = float((exported.run(method, *inputs, batch_size=batch_size) - expected).abs().max())
+            found = exported.run(method, *inputs, batch_size=batch_size)
+            # Records have units of their own: float32 keeps so many digits, whatever the size of the number.
+            scale = expected.abs().clamp_min(1)
+            difference = float(((found - expected).abs() / scale).max())
             if not difference <= TOLERANCE:
                 raise TrainingError(
                     f"export: {method} in batches of {batch_size}: expected the eager network's answer within "
@@ -223,15 +260,24 @@ def export(network: Autoencoder, items: Tensor, noise: torch.Generator) -> bytes
 
 
 def method_inputs(
-    capabilities: Sequence[Capability], latent_dim: int, items: Tensor, noise: torch.Generator
+    capabilities: Sequence[Capability],
+    latent_dim: int | None,
+    items: Tensor,
+    noise: torch.Generator,
+    classes: int = 0,
 ) -> dict[Capability, tuple[Tensor, ...]]:
     """Inputs for every method, as many rows as `items`: the items themselves where it takes items, else noise."""
     rows = len(items)
-    z, eps = (torch.randn(rows, latent_dim, generator=noise) for _ in range(2))
+    z, eps = (torch.randn(rows, latent_dim or 1, generator=noise) for _ in range(2))
     u = torch.rand(rows, generator=noise)
+    label = (torch.arange(rows) % (classes + 1) - 1).float()  # any, then each class
     mask_shape = InputSpec(shape=tuple(items.shape[1:])).mask_shape
     mask = torch.rand(rows, *mask_shape, generator=noise).round()
-    special = {Capability.DECODE: (z,), Capability.SAMPLE: (u, eps), Capability.INPAINT: (items, mask)}
+    special = {
+        Capability.DECODE: (z,),
+        Capability.SAMPLE: (u, eps, label) if classes else (u, eps),
+        Capability.INPAINT: (items, mask),
+    }
     return {capability: special.get(capability, (items,)) for capability in capabilities}
 
 
@@ -244,11 +290,16 @@ def self_test_vectors(
         for spec, tensor in zip(method.inputs, inputs[capability], strict=True):
             arrays[f"{capability}/in/{spec.name}"] = tensor.numpy()
         arrays[f"{capability}/out/{method.outputs[0].name}"] = exported.run(capability, *inputs[capability]).numpy()
+    return npz_bytes({key: array.astype("<f4") for key, array in arrays.items()})
+
+
+def npz_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The bytes of an .npz; the same arrays give the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for key in sorted(arrays):
             member = io.BytesIO()
-            np.save(member, np.ascontiguousarray(arrays[key], dtype="<f4"), allow_pickle=False)
+            np.save(member, np.ascontiguousarray(arrays[key]), allow_pickle=False)
             archive.writestr(_undated(f"{key}.npy", zipfile.ZIP_DEFLATED), member.getvalue())
     return buffer.getvalue()
 

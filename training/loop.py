@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from training.autoencoders import Autoencoder
-from training.corruptions import Corruption, corrupt
-from training.data import to_unit
+from training.corruptions import Corruption
+from training.data import to_float
 from training.errors import TrainingError
 from training.losses import mean_squared_error
+from training.noise import Noise, generator
+from training.processes import Processes
 
 EVALUATION_BATCH_SIZE = 500
 STEPS_BETWEEN_CHECKS = 50
+PREPARING_ITEMS = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Optimisation:
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: the last weights are the ones kept
     clip_norm: NonNegativeFloat = 0.0  # 0: gradients are not clipped
     bfloat16: bool = False  # forward in bfloat16 where the device computes in it; results then differ by machine
+    patience: NonNegativeInt = 0  # epochs without a better validation loss before the end; 0: never early
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,17 @@ class Epoch:
 
     number: int
     loss: float
+    validation_loss: float
     validation_mse: float
+    learning_rate: float
     images_per_s: float
 
 
 class Progress(Protocol):
     """Who shows how far the training is."""
 
-    def begin(self, images: int, epochs: int) -> None:
-        """The training begins: so many images in each of so many epochs."""
+    def begin(self, images: int, epochs: int, seen: int = 0) -> None:
+        """The training begins: so many images in each of so many epochs, so many of them seen before."""
 
     def step(self, images: int, loss: float | None) -> None:
         """So many more images were seen; the loss where it is known."""
@@ -65,9 +70,30 @@ class Progress(Protocol):
         """An epoch ended."""
 
 
-def train(
+class Checkpoints(Protocol):
+    """Where a training's state is kept, so that it can go on as if never interrupted."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state saved, if any."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keeps a state in place of the last one, whole or not at all."""
+
+    def due(self) -> bool:
+        """Whether the last one is old enough for another within an epoch."""
+
+
+class Interrupted(Exception):  # named for what happened
+    """The training was asked to stop; its state is saved where there are checkpoints."""
+
+
+def _never() -> bool:
+    return False
+
+
+def train(  # noqa: PLR0915  # one function, read top to bottom
     network: Autoencoder,
-    images: Tensor,
+    items: Tensor,
     validation: Tensor,
     optimisation: Optimisation,
     corruption: Corruption,
@@ -75,83 +101,196 @@ def train(
     seed: int,
     device: torch.device,
     progress: Progress,
+    checkpoints: Checkpoints | None = None,
+    max_minutes: float | None = None,
+    stop: Callable[[], bool] = _never,
+    processes: Processes | None = None,
 ) -> tuple[Autoencoder, list[Epoch]]:
-    """Trains a network on uint8 pictures.
+    """Trains a network on uint8 pictures or float32 records.
 
-    The same seed, data, settings, device and number of threads give the same weights.
+    The same seed, data, settings, device and number of threads give the same weights, whether or not the training was
+    interrupted and taken up again from its checkpoint. Several processes give those of one up to rounding.
 
     Args:
         network: as initialised; it is trained in place and stays on `device`.
-        images, validation: uint8, (items, *item).
+        items, validation: (items, *item).
         seed: of the order, the corruption and the posterior's draws, each with its own generator per epoch.
+        checkpoints: where to go on from, and where to save to after every epoch, at intervals, and when stopped.
+        max_minutes: the schedule ends by then if not before. What is reached depends on the machine's speed.
+        stop: asked at every step whether to save and raise Interrupted.
 
     Returns:
-        The network to keep (the averaged weights with `ema_decay`), in evaluation mode, and the epochs.
+        The network to keep (the averaged weights with `ema_decay`, the best epoch's with `patience`), in evaluation
+        mode, and the epochs.
 
-    Raises TrainingError if the loss stops being a finite number.
+    Raises TrainingError if the loss stops being a finite number, and Interrupted.
     """
+    processes = processes or Processes()
     network = network.to(device).train()
-    kept = copy.deepcopy(network) if optimisation.ema_decay else network
-    images, validation = images.to(device), validation.to(device)  # one copy: no transfers in the loop
-    optimiser = _optimiser(network, optimisation)
-    steps_per_epoch = math.ceil(len(images) / optimisation.batch_size)
-    total_steps = steps_per_epoch * optimisation.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total_steps, optimisation))
+    items, validation = items.to(device), validation.to(device)  # one copy: no transfers in the loop
+    network.prepare(to_float(items[:PREPARING_ITEMS]))
     bfloat16 = optimisation.bfloat16 and computes_in_bfloat16(device)
-    epochs: list[Epoch] = []
-    step = 0
-    progress.begin(len(images), optimisation.epochs)
+    kept = copy.deepcopy(network) if optimisation.ema_decay else network
+    optimiser = _optimiser(network, optimisation)
+    total_steps = math.ceil(len(items) / optimisation.batch_size) * optimisation.epochs
+    state = _State()
+    if checkpoints is not None and (saved := checkpoints.load()) is not None:
+        state = _restore(saved, network, kept, optimiser)
+    progress.begin(len(items), optimisation.epochs, state.seen(len(items), optimisation.batch_size))
+    started = time.perf_counter() - state.elapsed_s
+
+    def save() -> None:
+        if checkpoints is not None:
+            state.elapsed_s = time.perf_counter() - started
+            checkpoints.save(_snapshot(state, network, kept, optimiser))
 
     with deterministic(device):
-        for number in range(1, optimisation.epochs + 1):
-            start = time.perf_counter()
-            order_noise, corruption_noise, posterior_noise = (
-                generator(seed, stream, number, device) for stream in ("order", "corruption", "posterior")
-            )
-            order = torch.randperm(len(images), generator=order_noise, device=device)
-            loss_sum = torch.zeros((), device=device)
-            for indices in torch.split(order, optimisation.batch_size):
-                target = to_unit(images[indices])
-                x = corrupt(target, corruption, corruption_noise)
+        while not state.finished:
+            epoch_started, number = time.perf_counter(), len(state.epochs) + 1
+            order_noise, *draws = (generator(seed, use, number, device) for use in ("order", "corruption", "posterior"))
+            state.enter_epoch(draws, device)
+            order = torch.randperm(len(items), generator=order_noise, device=device)
+            batches = torch.split(order, optimisation.batch_size)
+            first = state.batch
+            for indices in batches[first:]:
+                fraction = state.step / total_steps
+                if max_minutes is not None:
+                    fraction = max(fraction, state.elapsed_s / (60 * max_minutes))
+                rate = _rate(fraction, total_steps, optimisation)
+                network.advance(fraction)
+                rows = processes.rows(len(indices))
+                noise, posterior = (Noise(draw, rows, len(indices)) for draw in draws)
+                target = to_float(items[indices[rows]])
+                corrupted = network.corrupt(target, corruption, noise)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    loss = network.loss(x, target, posterior_noise)
+                    loss = network.loss(corrupted.x, corrupted.mask, target, posterior)
+                # A process's share of the mean over the whole batch.
+                share = loss * (len(target) / len(indices)) if len(target) else loss.nan_to_num() * 0
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                share.backward()  # type: ignore[no-untyped-call]
+                state.elapsed_s, stopping = processes.agree(time.perf_counter() - started, stop())
+                share = processes.sum_gradients(network, share.detach().float())
                 if optimisation.clip_norm:
                     nn.utils.clip_grad_norm_(network.parameters(), optimisation.clip_norm)
+                for group in optimiser.param_groups:
+                    group["lr"] = optimisation.learning_rate * rate
                 optimiser.step()
-                schedule.step()
-                step += 1
+                state.step += 1
+                state.batch += 1
                 if optimisation.ema_decay:
-                    _average(kept, network, min(optimisation.ema_decay, (1 + step) / (10 + step)))
-                loss_sum += loss.detach().float() * len(indices)
+                    _average(kept, network, min(optimisation.ema_decay, (1 + state.step) / (10 + state.step)))
+                state.loss_sum += share * len(indices)
                 # Reading a number waits for the device, so not at every step.
-                shown = _finite(loss, number, optimisation) if step % STEPS_BETWEEN_CHECKS == 0 else None
+                shown = _finite(share, number, optimisation) if state.step % STEPS_BETWEEN_CHECKS == 0 else None
                 progress.step(len(indices), shown)
-            mean_loss = _finite(loss_sum / len(images), number, optimisation)
-            seconds = time.perf_counter() - start
-            mse = reconstruction_mse(kept, validation)
-            epochs.append(Epoch(number, mean_loss, mse, len(images) / seconds))
-            progress.epoch(epochs[-1])
-    return kept.eval(), epochs
+                if stopping:
+                    save()
+                    raise Interrupted(f"stopped in epoch {number}, after step {state.step}")
+                if max_minutes is not None and state.elapsed_s >= 60 * max_minutes:
+                    state.finished = True
+                    break
+                if checkpoints is not None and checkpoints.due():
+                    save()
+            seen = min(len(items), state.batch * optimisation.batch_size)
+            mean_loss = _finite(state.loss_sum / seen, number, optimisation)
+            seconds = time.perf_counter() - epoch_started
+            network.advance(1.0)
+            validation_loss, mse = validate(kept, validation, corruption)
+            seen_now = seen - first * optimisation.batch_size
+            state.epochs.append(
+                Epoch(number, mean_loss, validation_loss, mse, optimiser.param_groups[0]["lr"], seen_now / seconds)
+            )
+            state.end_epoch(kept, optimisation)
+            save()
+            progress.epoch(state.epochs[-1])
+    if state.best is not None:
+        kept.load_state_dict(state.best)
+    return kept.eval(), state.epochs
 
 
-@torch.inference_mode()
-def reconstruction_mse(network: Autoencoder, images: Tensor) -> float:
-    """Mean squared error per value of the reconstruction of uint8 pictures, (items, *item)."""
+class _State:
+    """All of a training that is neither weights nor settings."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.batch = 0  # of the epoch under way
+        self.epochs: list[Epoch] = []
+        self.elapsed_s = 0.0
+        self.loss_sum = torch.zeros(())
+        self.draws: list[Tensor] | None = None  # the generators' states in mid-epoch
+        self.generators: list[torch.Generator] = []
+        self.finished = False
+        self.best: dict[str, Tensor] | None = None
+        self.best_loss = math.inf
+        self.epochs_since_best = 0
+
+    def seen(self, items: int, batch_size: int) -> int:
+        """Items seen so far."""
+        return len(self.epochs) * items + self.batch * batch_size
+
+    def enter_epoch(self, draws: list[torch.Generator], device: torch.device) -> None:
+        """Begins an epoch, or goes on in its middle with the generators as they stood."""
+        self.generators = draws
+        if self.draws is not None:
+            for draw, saved in zip(draws, self.draws, strict=True):
+                draw.set_state(saved)
+            self.draws = None
+        self.loss_sum = self.loss_sum.to(device)
+
+    def end_epoch(self, kept: nn.Module, optimisation: Optimisation) -> None:
+        """Counts epochs without improvement, and decides whether this was the last one."""
+        self.batch, self.loss_sum, self.generators = 0, torch.zeros(()), []
+        if optimisation.patience:
+            if self.epochs[-1].validation_loss < self.best_loss:
+                self.best = {name: tensor.detach().clone() for name, tensor in kept.state_dict().items()}
+                self.best_loss, self.epochs_since_best = self.epochs[-1].validation_loss, 0
+            else:
+                self.epochs_since_best += 1
+        patience_is_over = bool(optimisation.patience) and self.epochs_since_best >= optimisation.patience
+        self.finished = self.finished or patience_is_over or len(self.epochs) >= optimisation.epochs
+
+
+_PLAIN = ("step", "batch", "elapsed_s", "finished", "best", "best_loss", "epochs_since_best", "loss_sum")
+
+
+def _snapshot(state: _State, network: nn.Module, kept: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in _PLAIN} | {
+        "epochs": [asdict(epoch) for epoch in state.epochs],
+        "draws": [draw.get_state() for draw in state.generators],
+        "network": network.state_dict(),
+        "kept": kept.state_dict() if kept is not network else None,
+        "optimiser": optimiser.state_dict(),
+    }
+
+
+def _restore(saved: dict[str, Any], network: nn.Module, kept: nn.Module, optimiser: torch.optim.Optimizer) -> _State:
+    state = _State()
+    for name in _PLAIN:
+        setattr(state, name, saved[name])
+    state.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
+    state.draws = saved["draws"] or None
+    network.load_state_dict(saved["network"])
+    if saved["kept"] is not None:
+        kept.load_state_dict(saved["kept"])
+    optimiser.load_state_dict(saved["optimiser"])
+    return state
+
+
+@torch.no_grad()
+def validate(network: Autoencoder, items: Tensor, corruption: Corruption) -> tuple[float, float]:
+    """The loss with always the same noise, and the reconstruction's mean squared error in the items' units."""
     was_training = network.training
     network.eval()
-    errors = [
-        mean_squared_error(network.reconstruct(x), x) for x in map(to_unit, torch.split(images, EVALUATION_BATCH_SIZE))
-    ]
+    draws = [generator(0, use, device=items.device) for use in ("validation corruption", "validation posterior")]
+    losses, errors = [], []
+    for batch in torch.split(items, EVALUATION_BATCH_SIZE):
+        target = to_float(batch)
+        corrupted = network.corrupt(target, corruption, Noise(draws[0]))
+        loss = network.loss(corrupted.x, corrupted.mask, target, Noise(draws[1]))
+        losses.append(float(loss) * len(batch))
+        errors.append(mean_squared_error(network.reconstruct(target), target))
     network.train(was_training)
-    return float(torch.cat(errors).double().mean())
-
-
-def generator(seed: int, stream: str, number: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for each use, so that one more draw here moves nothing there."""
-    digest = hashlib.sha256(f"{seed} {stream} {number}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return sum(losses) / len(items), float(torch.cat(errors).double().mean())
 
 
 @contextmanager
@@ -182,14 +321,14 @@ def _optimiser(network: nn.Module, optimisation: Optimisation) -> torch.optim.Op
     return kind(network.parameters(), lr=optimisation.learning_rate, weight_decay=optimisation.weight_decay, fused=True)
 
 
-def _rate(step: int, total_steps: int, optimisation: Optimisation) -> float:
-    """The learning rate of a step, as a factor: linear warm-up, then constant or a half cosine down to zero."""
-    warmup = round(optimisation.warmup_fraction * total_steps)
-    if step < warmup:
-        return (step + 1) / warmup
+def _rate(fraction: float, total_steps: int, optimisation: Optimisation) -> float:
+    """The learning rate when so much is done, as a factor: linear warm-up, then constant or half a cosine to zero."""
+    warmup = optimisation.warmup_fraction
+    if fraction < warmup:
+        return min(1.0, (fraction + 1 / total_steps) / warmup)
     if optimisation.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - warmup) / (1 - warmup))))
 
 
 @torch.no_grad()

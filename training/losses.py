@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,24 +37,29 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).sum(1)  # (batch,)
 
 
-def kl_divergence(mu: Tensor, log_var: Tensor) -> Tensor:
-    """KL(q(z|x) ‖ N(0, I)) of a diagonal Gaussian, in nats: −½ Σ (1 + log σ² − μ² − σ²), never negative.
+def kl_divergence_by_dimension(mu: Tensor, log_var: Tensor) -> Tensor:
+    """KL(q(z|x) ‖ N(0, I)) of a diagonal Gaussian, in nats: −½ (1 + log σ² − μ² − σ²), never negative.
 
     Args:
         mu, log_var: means and log-variances of the posterior, each (batch, latent_dim).
 
     Returns:
-        One value per item, (batch,): summed over latent_dim; the caller averages over the batch.
+        One value per latent number, (batch, latent_dim): to be summed over latent_dim, averaged over the batch.
 
     Source: Kingma & Welling 2014, arXiv:1312.6114, appendix B.
     """
-    return -0.5 * (1 + log_var - mu.square() - log_var.exp()).sum(1)  # (batch,)
+    return -0.5 * (1 + log_var - mu.square() - log_var.exp())  # (batch, latent_dim)
 
 
-def reparameterise(mu: Tensor, log_var: Tensor, noise: torch.Generator) -> Tensor:
-    """A draw z = μ + σ·ε of the posterior, (batch, latent_dim), through which gradients flow.
+def normal_log_density(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
+    """Log N(x; mean, σ²) of independent values with one standard deviation, in nats.
 
-    Source: Kingma & Welling 2014, arXiv:1312.6114, section 2.4.
+    Args:
+        x, mean: (batch, *item).
+        log_sigma: a scalar.
+
+    Returns:
+        One value per item, (batch,): summed over its values.
     """
-    eps = torch.randn(mu.shape, generator=noise, device=mu.device, dtype=mu.dtype)
-    return mu + (0.5 * log_var).exp() * eps
+    scaled = (x - mean) * (-log_sigma).exp()
+    return -(0.5 * scaled.square() + log_sigma + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)  # (batch,)

@@ -7,18 +7,34 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
-from training.autoencoders.basic import BasicConfig
-from training.autoencoders.convolutional import ConvolutionalConfig
-from training.autoencoders.variational import VariationalConfig
+from app.artifacts.manifest import Capability
+from training.autoencoders import AUTOENCODERS, Autoencoder, Blocks, Kind, kind_of
+from training.autoencoders.bottlenecks import (
+    BottleneckConfig,
+    Dense,
+    Gaussian,
+    Memory,
+    NoBottleneck,
+    Quantised,
+    TopK,
+)
+from training.autoencoders.convolution import Convolution
+from training.autoencoders.hourglass import ArchitectureConfig, Likelihood, Regulariser
+from training.autoencoders.mlp import Mlp
+from training.autoencoders.unet import UNet
 from training.corruptions import Corruption
 from training.errors import TrainingError
 from training.loop import Optimisation
+from training.sampler import Sampling
 
+SQUARED_ERROR = Likelihood()
+BITS = Likelihood("bernoulli")
+NO_REGULARISER = Regulariser()
 NO_CORRUPTION = Corruption()
-
-NetworkConfig = BasicConfig | ConvolutionalConfig | VariationalConfig
+MIXTURE = Sampling()
 
 
 @dataclass(frozen=True)
@@ -29,19 +45,60 @@ class Preset:
     purpose: str
     source: str
     expected: str  # figures on MNIST at the preset's own settings
-    architecture: str  # a key of AUTOENCODERS
-    network: NetworkConfig
+    architecture: ArchitectureConfig
+    bottleneck: BottleneckConfig
     optimisation: Optimisation
+    likelihood: Likelihood = SQUARED_ERROR
+    regulariser: Regulariser = NO_REGULARISER
     corruption: Corruption = NO_CORRUPTION
+    sampling: Sampling = MIXTURE
     max_batch_size: int = 256  # of the service: where rows per second stop growing on a CPU
 
     @property
     def config(self) -> dict[str, Any]:
         """The hyper-parameters alone, as the manifest records them."""
-        return {section: asdict(getattr(self, section)) for section in SECTIONS} | {"architecture": self.architecture}
+        sections = {section: asdict(getattr(self, section)) for section in SECTIONS}
+        for block in ("architecture", "bottleneck"):
+            sections[block] = {"type": type(getattr(self, block)).__name__} | sections[block]
+        return sections
+
+    @property
+    def takes(self) -> tuple[Kind, ...]:
+        """What kinds of items it can be trained on."""
+        return self.architecture.takes
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What its artifacts can do."""
+        corruption = self.corruption
+        return (
+            *AUTOENCODERS[type(self.bottleneck)].capabilities,
+            *([Capability.DENOISE] if corruption.removes_noise else []),
+            *([Capability.INPAINT] if corruption.hole_side_fraction_max else []),
+        )
 
 
-SECTIONS = ("network", "optimisation", "corruption")
+def build_network(preset: Preset, item_shape: tuple[int, ...], seed: int) -> Autoencoder:
+    """The preset's network, initialised by the seed; torch's global generator is left as it was.
+
+    Raises TrainingError if the preset takes no items of this shape, naming presets that do.
+    """
+    kind = kind_of(item_shape)
+    if kind not in preset.takes:
+        fitting = ", ".join(other.name for other in PRESETS.values() if kind in other.takes)
+        raise TrainingError(
+            f"preset {preset.name}: takes {' and '.join(preset.takes)}, found {kind} of shape {item_shape}; "
+            f"presets for {kind}: {fitting}"
+        )
+    blocks = Blocks(preset.architecture, preset.bottleneck, preset.likelihood, preset.regulariser)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = AUTOENCODERS[type(preset.bottleneck)](item_shape, blocks)
+    network.capabilities = preset.capabilities
+    return network
+
+
+SECTIONS = ("architecture", "bottleneck", "likelihood", "regulariser", "corruption", "optimisation", "sampling")
 
 _ALL = (
     Preset(
@@ -49,8 +106,8 @@ _ALL = (
         purpose="the classic tutorial's autoencoder, exactly; the one to compare others with",
         source="784-128-64-32, ReLU on the code too, Adam 1e-3, batch 128, 10 epochs",
         expected="test MSE .0150 (PCA .0168)",
-        architecture="basic",
-        network=BasicConfig(hidden_sizes=(128, 64), latent_dim=32, activation="relu", code_activation=True),
+        architecture=Mlp((128, 64), activation="relu"),
+        bottleneck=Dense(32, activation="relu"),
         optimisation=Optimisation(epochs=10, optimiser="adam", schedule="constant", warmup_fraction=0.0),
     ),
     Preset(
@@ -58,38 +115,87 @@ _ALL = (
         purpose="small, fast vectors and scores; the first to try",
         source="Hinton & Salakhutdinov 2006, with GELU, a linear code and AdamW",
         expected="test MSE .0038 (PCA .0168)",
-        architecture="basic",
-        network=BasicConfig(hidden_sizes=(448, 192), latent_dim=32),
+        architecture=Mlp((448, 192)),
+        bottleneck=Dense(32),
         optimisation=Optimisation(epochs=45, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0),
     ),
     Preset(
-        name="conv",
-        purpose="pictures of any size; the best scores",
-        source="Masci et al. 2011, with strides, GroupNorm and a linear dense code",
-        expected="test MSE .0020 (PCA .0090)",
-        architecture="convolutional",
-        network=ConvolutionalConfig(channels=(32, 64), latent_dim=64),
-        optimisation=Optimisation(epochs=14, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0, bfloat16=True),
-        max_batch_size=64,
+        name="sparse",
+        purpose="many units of which an item rouses few; what each stands for can be looked at",
+        source="Ng 2011, CS294A notes: L1 (or, with bottleneck.activation=sigmoid, kl_sparsity) on 1024 ReLU units",
+        expected="test MSE .0035",
+        architecture=Mlp(),
+        bottleneck=Dense(1024, activation="relu"),
+        regulariser=Regulariser(l1=0.003),
+        optimisation=Optimisation(epochs=20, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0),
+    ),
+    Preset(
+        name="sparse-topk",
+        purpose="exactly 25 of 1000 units per item; features that a linear classifier likes",
+        source="Makhzani & Frey 2014; Gao et al. 2024 against dead units",
+        expected="linear probe 2 % error",
+        architecture=Mlp(),
+        bottleneck=TopK(1000, active=25),
+        likelihood=Likelihood("mse", output="linear"),
+        optimisation=Optimisation(epochs=30, ema_decay=0.999, clip_norm=1.0),
     ),
     Preset(
         name="denoising",
         purpose="removes noise of unknown kind and strength",
         source="Vincent et al. 2010, blind: Gaussian, masking, salt and pepper of random strength",
         expected="PSNR at sigma .5 from 9.4 to 20.3 dB; test MSE .0036 (PCA .0090)",
-        architecture="denoising",
-        network=ConvolutionalConfig(channels=(32, 64), latent_dim=64),
+        architecture=Convolution((32, 64)),
+        bottleneck=Dense(64),
         optimisation=Optimisation(epochs=14, weight_decay=1e-3, ema_decay=0.999, clip_norm=1.0, bfloat16=True),
         max_batch_size=64,
         corruption=Corruption(gaussian_sigma_max=0.8, masked_fraction_max=0.7, salt_pepper_fraction_max=0.5),
+    ),
+    Preset(
+        name="denoising-records",
+        purpose="records with noisy and missing values, made whole",
+        source="Vincent et al. 2010, on standardised features: Gaussian, missing at random",
+        expected="–",
+        architecture=Mlp((128, 64)),
+        bottleneck=Dense(16),
+        optimisation=Optimisation(epochs=200, weight_decay=1e-2, ema_decay=0.99, clip_norm=1.0),
+        corruption=Corruption(gaussian_sigma_max=1.0, hole_side_fraction_max=0.5, hole_weight=0.6),
+    ),
+    Preset(
+        name="unet-denoiser",
+        purpose="the best at removing noise and at filling holes; no latent vectors",
+        source="Ronneberger et al. 2015 on unshuffled pixels, blind to kind and strength, told of holes",
+        expected="PSNR at sigma .5 from 9.4 to 21 dB",
+        architecture=UNet((48, 96)),
+        bottleneck=NoBottleneck(),
+        optimisation=Optimisation(
+            epochs=16,
+            learning_rate=1.2e-3,
+            warmup_fraction=0.05,
+            weight_decay=1e-4,
+            ema_decay=0.999,
+            clip_norm=1.0,
+            bfloat16=True,
+        ),
+        max_batch_size=64,
+        corruption=Corruption(
+            gaussian_sigma_max=0.8,
+            masked_fraction_max=0.7,
+            salt_pepper_fraction_max=0.5,
+            hole_side_fraction_max=0.6,
+            gaussian_weight=0.7,
+            masked_weight=0.07,
+            salt_pepper_weight=0.07,
+            hole_weight=0.16,
+        ),
     ),
     Preset(
         name="vae-tutorial",
         purpose="the classic tutorial's variational autoencoder, with the KL term's sign right",
         source="784-512-256-20, ReLU, Bernoulli ELBO, Adam 1e-3",
         expected="-ELBO about 100 nats on grey levels",
-        architecture="variational",
-        network=VariationalConfig(hidden_sizes=(512, 256), latent_dim=20, activation="relu"),
+        architecture=Mlp((512, 256), activation="relu"),
+        bottleneck=Gaussian(20),
+        likelihood=BITS,
         optimisation=Optimisation(epochs=20, optimiser="adam", schedule="constant", warmup_fraction=0.0),
     ),
     Preset(
@@ -97,9 +203,81 @@ _ALL = (
         purpose="draws new items, and smooth latent vectors to interpolate between",
         source="Kingma & Welling 2014, with GELU, AdamW and averaged weights",
         expected="-ELBO 98 nats on grey levels; test MSE .0108 (PCA .0269)",
-        architecture="variational",
-        network=VariationalConfig(hidden_sizes=(448, 192), latent_dim=16),
+        architecture=Mlp((448, 192)),
+        bottleneck=Gaussian(16),
+        likelihood=BITS,
         optimisation=Optimisation(epochs=45, learning_rate=2e-3, weight_decay=1e-3, ema_decay=0.999, clip_norm=50.0),
+    ),
+    Preset(
+        name="beta-vae",
+        purpose="fewer latent numbers in use, each with a meaning of its own to turn at",
+        source="Higgins et al. 2017, beta 4",
+        expected="-ELBO about 105 nats on grey levels",
+        architecture=Mlp((448, 192)),
+        bottleneck=Gaussian(10, beta=4.0, warmup_fraction=0.1),
+        likelihood=BITS,
+        optimisation=Optimisation(epochs=30, learning_rate=2e-3, weight_decay=1e-3, ema_decay=0.999, clip_norm=50.0),
+    ),
+    Preset(
+        name="iwae",
+        purpose="a tighter likelihood bound than the vae's, for five times its time",
+        source="Burda et al. 2016, 5 importance samples, bits drawn anew at every step",
+        expected="NLL below the vae's",
+        architecture=Mlp((500, 500)),
+        bottleneck=Gaussian(40, importance_samples=5),
+        likelihood=Likelihood("bernoulli", binarise=True),
+        optimisation=Optimisation(epochs=30, weight_decay=1e-3, ema_decay=0.999, clip_norm=50.0, bfloat16=True),
+    ),
+    Preset(
+        name="conv",
+        purpose="pictures of any size; the best scores",
+        source="Masci et al. 2011, with strides, GroupNorm and a linear dense code",
+        expected="test MSE .0020 (PCA .0090)",
+        architecture=Convolution((32, 64)),
+        bottleneck=Dense(64),
+        optimisation=Optimisation(epochs=14, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0, bfloat16=True),
+        max_batch_size=64,
+    ),
+    Preset(
+        name="conv-vae",
+        purpose="new pictures of any size",
+        source="Kingma & Welling 2014, on strided convolutions with GroupNorm",
+        expected="-ELBO about 97 nats on grey levels",
+        architecture=Convolution((32, 64)),
+        bottleneck=Gaussian(32),
+        likelihood=BITS,
+        optimisation=Optimisation(epochs=14, weight_decay=1e-3, ema_decay=0.999, clip_norm=50.0, bfloat16=True),
+        max_batch_size=64,
+    ),
+    Preset(
+        name="contractive",
+        purpose="latent vectors that hardly move when the item changes a little",
+        source="Rifai et al. 2011, one random projection of the Jacobian per item",
+        expected="test MSE .006 (PCA .0168)",
+        architecture=Mlp((448, 192)),
+        bottleneck=Dense(32),
+        regulariser=Regulariser(contraction=2e-5),
+        optimisation=Optimisation(epochs=30, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0),
+    ),
+    Preset(
+        name="memory",
+        purpose="scores from one kind of normal item: what resembles no prototype cannot be rebuilt",
+        source="Gong et al. 2019, 500 prototypes of a dense code",
+        expected="test MSE below PCA's",
+        architecture=Convolution((32, 64)),
+        bottleneck=Memory(32),
+        optimisation=Optimisation(epochs=14, weight_decay=1e-3, ema_decay=0.999, clip_norm=1.0, bfloat16=True),
+        max_batch_size=64,
+    ),
+    Preset(
+        name="vq-vae",
+        purpose="pictures as maps of codebook entries, 49 bytes for 28 x 28 pixels",
+        source="van den Oord et al. 2017, 256 entries of 8 numbers",
+        expected="test MSE .004",
+        architecture=Convolution((32, 64)),
+        bottleneck=Quantised(channels=8, entries=256),
+        optimisation=Optimisation(epochs=14, weight_decay=0.0, ema_decay=0.999, clip_norm=1.0, bfloat16=True),
+        max_batch_size=64,
     ),
 )
 

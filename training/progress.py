@@ -16,7 +16,7 @@ REFRESHES_PER_S = 4  # a bar drawn at every step costs real time
 class Silent:
     """Shows nothing."""
 
-    def begin(self, images: int, epochs: int) -> None:
+    def begin(self, images: int, epochs: int, seen: int = 0) -> None:
         """Nothing."""
 
     def step(self, images: int, loss: float | None) -> None:
@@ -32,9 +32,9 @@ class Lines:
     def __init__(self, console: Console) -> None:
         self._console, self._epochs = console, 0
 
-    def begin(self, images: int, epochs: int) -> None:
+    def begin(self, images: int, epochs: int, seen: int = 0) -> None:
         """Remembers how many epochs there will be."""
-        del images
+        del images, seen
         self._epochs = epochs
 
     def step(self, images: int, loss: float | None) -> None:
@@ -72,10 +72,11 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
-    def begin(self, images: int, epochs: int) -> None:
-        """Draws the empty bar."""
-        self._epochs = epochs
-        self._progress.update(self._task, total=epochs * images, epoch=f"1/{epochs}")
+    def begin(self, images: int, epochs: int, seen: int = 0) -> None:
+        """Draws the bar, empty or as full as the training was left."""
+        self._epochs, self._seen = epochs, seen
+        number = min(seen // images + 1, epochs)
+        self._progress.update(self._task, total=epochs * images, completed=seen, epoch=f"{number}/{epochs}")
 
     def step(self, images: int, loss: float | None) -> None:
         """Counts the images; the display redraws itself at REFRESHES_PER_S."""
@@ -90,12 +91,12 @@ class Bar:
             completed=self._seen,
             epoch=f"{min(epoch.number + 1, self._epochs)}/{self._epochs}",
             validation=f"{epoch.validation_mse:.5f}",
-            speed=f"{epoch.images_per_s:,.0f} images/s",
+            speed=f"{epoch.images_per_s:,.0f} items/s",
         )
 
 
 def _line(epoch: Epoch, epochs: int) -> str:
     return (
         f"epoch {epoch.number}/{epochs}  loss {epoch.loss:.5g}  validation MSE {epoch.validation_mse:.5f}  "
-        f"{epoch.images_per_s:,.0f} images/s"
+        f"{epoch.images_per_s:,.0f} items/s"
     )

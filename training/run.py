@@ -20,14 +20,15 @@ from app.artifacts.manifest import (
     FileEntry,
     Manifest,
     Metric,
+    ProjectionEntry,
     SelfTest,
     TrainingProvenance,
 )
 from app.artifacts.store import Artifact, ArtifactRef, list_artifacts, read_artifact, write_artifact
 from app.errors import ArtifactRefused
-from training.autoencoders import AUTOENCODERS, Autoencoder
+from training.autoencoders import Autoencoder
 from training.calibrate import CALIBRATION_FILE, calibrate
-from training.data import Dataset, to_unit
+from training.dataset import Dataset, to_float
 from training.errors import TrainingError
 from training.evaluate import evaluate, family_figures, unsupported
 from training.export import (
@@ -38,8 +39,19 @@ from training.export import (
     self_test_vectors,
     signatures,
 )
-from training.loop import Progress, computes_in_bfloat16, generator, train
-from training.presets import Preset
+from training.loop import (
+    EVALUATION_BATCH_SIZE,
+    Checkpoints,
+    Epoch,
+    Progress,
+    computes_in_bfloat16,
+    train,
+)
+from training.noise import Noise, generator
+from training.presets import Preset, build_network
+from training.processes import Processes
+from training.projection import PROJECTION_FILE, fit_projection, shuffled
+from training.sampler import Sampler, Sampling, fit_sampler
 from training.splits import PARTS, Split, split_dataset
 
 MODEL_FILE = "model.pt"
@@ -60,6 +72,15 @@ class Difference:
     within_tolerance: bool
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A network as its training left it."""
+
+    network: Autoencoder
+    epochs: list[Epoch]
+    wall_time_s: float
+
+
 def make_artifact(
     preset: Preset,
     dataset: Dataset,
@@ -71,46 +92,136 @@ def make_artifact(
     progress: Progress,
     default_for: Sequence[Capability] = (),
     say: Callable[[str], None] = lambda _: None,
-) -> ArtifactRef:
+    checkpoints: Checkpoints | None = None,
+    max_minutes: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    processes: Processes | None = None,
+) -> ArtifactRef | None:
     """Trains a preset and writes the artifact as the name's next version.
 
-    Raises TrainingError; then nothing was written.
+    Of several processes the first one writes, and answers with where; the others answer None.
+
+    Raises TrainingError, and Interrupted; then nothing was written.
     """
-    network = build_network(preset, dataset.item_shape, seed)
-    if unable := [capability for capability in default_for if capability not in network.capabilities]:
-        raise TrainingError(f"default-for: preset {preset.name} cannot {', '.join(unable)}")
+    processes = processes or Processes()
+    check_fits(preset, dataset, default_for)
     _check_writable(store)
     split = split_dataset(dataset, seed)
-    parts = {part: dataset.images[getattr(split, part)] for part in PARTS}
+    trained = train_preset(
+        preset,
+        dataset,
+        split,
+        seed=seed,
+        device=device,
+        progress=progress,
+        say=say,
+        checkpoints=checkpoints,
+        max_minutes=max_minutes,
+        stop=stop,
+        processes=processes,
+    )
+    ref = None
+    if processes.writes:
+        ref = finish(
+            preset,
+            dataset,
+            split,
+            trained,
+            name=name,
+            store=store,
+            seed=seed,
+            device=device,
+            default_for=default_for,
+            say=say,
+        )
+    processes.wait()
+    return ref
+
+
+def check_fits(preset: Preset, dataset: Dataset, default_for: Sequence[Capability] = ()) -> None:
+    """Raises TrainingError if the preset takes no such items, or cannot do what it shall be the default for."""
+    if unable := [capability for capability in default_for if capability not in preset.capabilities]:
+        raise TrainingError(f"default-for: preset {preset.name} cannot {', '.join(unable)}")
+    build_network(preset, dataset.item_shape, 0)
+
+
+def train_preset(
+    preset: Preset,
+    dataset: Dataset,
+    split: Split,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    say: Callable[[str], None] = lambda _: None,
+    checkpoints: Checkpoints | None = None,
+    max_minutes: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    processes: Processes | None = None,
+) -> Trained:
+    """The preset's network, trained on the training part. Raises TrainingError, and Interrupted."""
+    network = build_network(preset, dataset.item_shape, seed)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     say(
         f"{dataset.name}: {', '.join(f'{count} {part}' for part, count in split.counts.items())} items of "
         f"{' × '.join(map(str, dataset.item_shape))}; {preset.name}: {parameters:,} parameters on {device}, "
         f"{torch.get_num_threads()} threads"
     )
-
     start = time.perf_counter()
     try:
         network, epochs = train(
             network,
-            parts["train"],
-            parts["validation"],
+            dataset.items[split.train],
+            dataset.items[split.validation],
             preset.optimisation,
             preset.corruption,
             seed=seed,
             device=device,
             progress=progress,
+            checkpoints=checkpoints,
+            max_minutes=max_minutes,
+            stop=stop,
+            processes=processes,
         )
     except torch.OutOfMemoryError as error:
         raise TrainingError(f"{device}: out of memory; choose a smaller --batch-size or --image-size") from error
     network = network.cpu()
-    network.standardise_latent(to_unit(parts["train"][:STANDARDISING_ITEMS]))
-    wall_time_s = time.perf_counter() - start
+    network.standardise_latent(to_float(dataset.items[split.train[:STANDARDISING_ITEMS]]))
+    return Trained(network, epochs, time.perf_counter() - start)
 
-    say("exporting, calibrating, evaluating")
-    model = export(network, _rows(parts["test"], EXPORT_CHECK_ROWS), generator(seed, "export"))
+
+def finish(
+    preset: Preset,
+    dataset: Dataset,
+    split: Split,
+    trained: Trained,
+    *,
+    name: str,
+    store: Path,
+    seed: int,
+    device: torch.device,
+    default_for: Sequence[Capability] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> ArtifactRef:
+    """From a trained network to a written and verified artifact. Raises TrainingError; then nothing was written."""
+    say("fitting the sampler, exporting, calibrating, evaluating")
+    network = trained.network
+    parts = {part: dataset.items[getattr(split, part)] for part in PARTS}
+    latents = _held_out_latents(network, dataset, split, preset.sampling, seed)
+    labels = dataset.label_names if latents.conditional else None
+    classes = len(labels or ())
+    model = export(
+        network, _rows(parts["test"], EXPORT_CHECK_ROWS), generator(seed, "export"), latents.sampler, classes
+    )
     exported = ExportedModule(model)
-    calibration, entry, scores = calibrate(exported, parts["calibration"], f"{dataset.name}, calibration part")
+    files = {MODEL_FILE: model}
+    calibration, entry = None, None
+    if Capability.ANOMALY_SCORE in network.capabilities:
+        calibration, entry, files[CALIBRATION_FILE] = calibrate(
+            exported, parts["calibration"], f"{dataset.name}, calibration part"
+        )
+    if latents.projection is not None:
+        files[PROJECTION_FILE] = latents.projection[1]
     protocol = f"{dataset.name} test part, {len(parts['test'])} items, training seed {seed}"
     metrics = evaluate(
         exported,
@@ -119,41 +230,45 @@ def make_artifact(
         latent_dim=network.latent_dim,
         calibration=calibration,
         protocol=protocol,
+        classes=classes,
     ) | family_figures(network, parts["test"], protocol)
     metrics["validation_mse"] = Metric(
-        value=epochs[-1].validation_mse,
+        value=trained.epochs[-1].validation_mse,
         unit="squared error per value",
         protocol=f"{dataset.name} validation part, {len(parts['validation'])} items, training seed {seed}",
     )
-    methods = signatures(network.capabilities, dataset.item_shape, network.latent_dim)
+    methods = signatures(network.capabilities, dataset.item_shape, network.latent_dim, classes)
     rows = method_inputs(
-        network.capabilities, network.latent_dim, _rows(parts["test"], SELF_TEST_ROWS), generator(seed, "self-test")
+        network.capabilities,
+        network.latent_dim,
+        _rows(parts["test"], SELF_TEST_ROWS),
+        generator(seed, "self-test"),
+        classes,
     )
+    # By a module fresh from its file, as the service's is when it runs them.
+    files[SELF_TEST_FILE] = self_test_vectors(ExportedModule(model), methods, rows)
     manifest = Manifest(
         name=name,
         version=1,  # replaced by the store, like `files`
         description=f"{preset.name} ({preset.purpose}), trained on {dataset.name}",
         created_at=datetime.now(UTC).replace(microsecond=0),
         torch_version=torch.__version__,
-        files={MODEL_FILE: _PENDING, CALIBRATION_FILE: _PENDING, SELF_TEST_FILE: _PENDING},
+        files=dict.fromkeys(files, _PENDING),
         model_file=MODEL_FILE,
         input=dataset.input_spec,
         latent_dim=network.latent_dim,
         capabilities=methods,
         unsupported=unsupported(network.capabilities, metrics),
         default_for=tuple(default_for),
+        labels=labels,
+        interpolation="spherical" if network.prior else "linear",
+        projection=None if latents.projection is None else latents.projection[0],
         max_batch_size=preset.max_batch_size,
         calibration=entry,
         self_test=SelfTest(file=SELF_TEST_FILE),
         metrics=metrics,
-        training=_provenance(preset, dataset, split, seed, device, wall_time_s, parameters),
+        training=_provenance(preset, dataset, split, seed, device, trained),
     )
-    files = {
-        MODEL_FILE: model,
-        CALIBRATION_FILE: scores,
-        # By a module fresh from its file, as the service's is when it runs them.
-        SELF_TEST_FILE: self_test_vectors(ExportedModule(model), methods, rows),
-    }
     ref = write_artifact(store, manifest, files)
     if failed := [d for d in verify_artifact(read_artifact(ref)) if not d.within_tolerance]:
         shutil.rmtree(ref.path)
@@ -161,11 +276,68 @@ def make_artifact(
     return ref
 
 
-def build_network(preset: Preset, item_shape: tuple[int, ...], seed: int) -> Autoencoder:
-    """The preset's network, initialised by the seed; torch's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AUTOENCODERS[preset.architecture](item_shape, preset.network)
+def export_checkpoint(
+    preset: Preset,
+    dataset: Dataset,
+    checkpoints: Checkpoints,
+    *,
+    name: str,
+    store: Path,
+    seed: int,
+    default_for: Sequence[Capability] = (),
+) -> ArtifactRef:
+    """An artifact of the weights that a checkpoint keeps, wherever its training stands.
+
+    Raises TrainingError if there is no checkpoint with an epoch behind it.
+    """
+    state = checkpoints.load()
+    if state is None or not state["epochs"]:
+        raise TrainingError("checkpoint: expected one with at least an epoch behind it, found none")
+    split = split_dataset(dataset, seed)
+    network = build_network(preset, dataset.item_shape, seed)
+    network.load_state_dict(state["best"] or state["kept"] or state["network"])
+    network = network.eval()
+    network.standardise_latent(to_float(dataset.items[split.train[:STANDARDISING_ITEMS]]))
+    trained = Trained(network, [Epoch(**epoch) for epoch in state["epochs"]], state["elapsed_s"])
+    return finish(
+        preset,
+        dataset,
+        split,
+        trained,
+        name=name,
+        store=store,
+        seed=seed,
+        device=torch.device("cpu"),
+        default_for=default_for,
+    )
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """What held-out latent vectors are good for."""
+
+    sampler: Sampler | None = None
+    conditional: bool = False
+    projection: tuple[ProjectionEntry, bytes] | None = None
+
+
+@torch.inference_mode()
+def _held_out_latents(network: Autoencoder, dataset: Dataset, split: Split, sampling: Sampling, seed: int) -> _HeldOut:
+    """Sampler and map from items that the weights never saw: the validation part and the calibration part."""
+    if network.latent_dim is None:
+        return _HeldOut()
+    indices = torch.cat([split.validation, split.calibration])
+    indices = indices[shuffled(len(indices), seed)]
+    network = network.eval()
+    noise = Noise(generator(seed, "sampler"))
+    batches = [to_float(dataset.items[batch]) for batch in torch.split(indices, EVALUATION_BATCH_SIZE)]
+    latents = torch.cat([network.encode(x) for x in batches])
+    draws = torch.cat([network.latent_draws(x, noise) for x in batches])
+    labels = None if dataset.labels is None else dataset.labels[indices]
+    if sampling.source == "prior" and not network.prior:
+        raise TrainingError("sampling.source: this network has no prior; expected mixture, found prior")
+    sampler, conditional = fit_sampler(draws, labels, len(dataset.label_names), sampling)
+    return _HeldOut(sampler, conditional, fit_projection(latents, labels if conditional else None))
 
 
 def open_artifact(reference: str, store: Path) -> Artifact:
@@ -213,20 +385,43 @@ def evaluate_artifact(artifact: Artifact, dataset: Dataset) -> tuple[dict[str, M
         raise TrainingError(
             f"data {dataset.name}: expected items of {manifest.input.shape}, found {dataset.item_shape}"
         )
-    calibration = artifact.calibration()
-    if calibration is None or manifest.latent_dim is None:
-        raise TrainingError(f"{artifact.ref}: expected an artifact with calibration and latent_dim, found none")
     seed = manifest.training.seed
     split = split_dataset(dataset, seed)
     metrics = evaluate(
         ExportedModule(artifact.model),
-        train=dataset.images[split.train],
-        test=dataset.images[split.test],
+        train=dataset.items[split.train],
+        test=dataset.items[split.test],
         latent_dim=manifest.latent_dim,
-        calibration=calibration,
+        calibration=artifact.calibration(),
         protocol=f"{dataset.name} test part, {len(split.test)} items, training seed {seed}",
+        classes=len(manifest.labels or ()),
     )
     return metrics, split.sha256 == manifest.training.data.split_sha256
+
+
+def recalibrate(artifact: Artifact, dataset: Dataset, source: str) -> ArtifactRef:
+    """The artifact's next version, with the same model and a calibration on these normal items.
+
+    Raises TrainingError if it gives no scores, or the items have another shape.
+    """
+    manifest = artifact.manifest
+    if dataset.item_shape != manifest.input.shape:
+        raise TrainingError(
+            f"data {dataset.name}: expected items of {manifest.input.shape}, found {dataset.item_shape}"
+        )
+    if manifest.calibration is None:
+        raise TrainingError(f"{artifact.ref}: expected an artifact that gives anomaly scores, found none")
+    _, entry, scores = calibrate(ExportedModule(artifact.model), dataset.items, source)
+    file = manifest.calibration.file
+    changed = manifest.model_copy(
+        update={
+            "calibration": entry.model_copy(update={"file": file}),
+            "created_at": datetime.now(UTC).replace(microsecond=0),
+            # Measured against the old threshold: no longer this artifact's.
+            "metrics": {name: m for name, m in manifest.metrics.items() if not name.startswith("realised_fpr")},
+        }
+    )
+    return write_artifact(artifact.ref.path.parent.parent, changed, {**artifact.files, file: scores})
 
 
 def choose_device(name: str) -> torch.device:
@@ -256,7 +451,7 @@ def _check_writable(store: Path) -> None:
 
 def _rows(images: Tensor, rows: int) -> Tensor:
     """So many float32 items from the front of `images`, starting over where there are fewer."""
-    return to_unit(images[torch.arange(rows) % len(images)])
+    return to_float(images[torch.arange(rows) % len(images)])
 
 
 def _provenance(
@@ -265,8 +460,7 @@ def _provenance(
     split: Split,
     seed: int,
     device: torch.device,
-    wall_time_s: float,
-    parameters: int,
+    trained: Trained,
 ) -> TrainingProvenance:
     in_bfloat16 = preset.optimisation.bfloat16 and computes_in_bfloat16(device)
     return TrainingProvenance(
@@ -274,9 +468,9 @@ def _provenance(
         data=DataProvenance(name=dataset.name, sha256=dataset.sha256, split_sha256=split.sha256, counts=split.counts),
         seed=seed,
         config=preset.config | {"computed_in_bfloat16": in_bfloat16},
-        epochs=preset.optimisation.epochs,
-        wall_time_s=round(wall_time_s, 1),
+        epochs=len(trained.epochs),
+        wall_time_s=round(trained.wall_time_s, 1),
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in trained.network.parameters()),
     )

@@ -42,7 +42,7 @@ def split_dataset(dataset: Dataset, seed: int) -> Split:
 
     Raises TrainingError if a part would be empty.
     """
-    pixels = dataset.images.contiguous().numpy()
+    pixels = dataset.items.contiguous().numpy()
     contents = [hashlib.sha256(item.tobytes()).digest() for item in pixels]
     official = dataset.is_official_test
     in_test = set() if official is None else {contents[i] for i in official.nonzero().flatten().tolist()}

@@ -13,15 +13,15 @@ from PIL import Image
 
 from training.autoencoders import Autoencoder
 from training.data import Dataset, load_dataset
-from training.presets import PRESETS, Preset, override
-from training.run import build_network
+from training.presets import PRESETS, Preset, build_network, override
 
 SMALL = ("optimisation.epochs=1",)
 
 
 def small(preset: Preset) -> Preset:
-    """The preset as it is, for one epoch."""
-    return override(preset, SMALL)
+    """The preset as it is, for one epoch, with a code no wider than an 8×8 picture."""
+    wide = {"sparse": ["latent_dim=48"], "sparse-topk": ["latent_dim=48"]}
+    return override(preset, [*SMALL, *wide.get(preset.name, [])])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +48,22 @@ def preset(request: pytest.FixtureRequest) -> Preset:
 def network(preset: Preset) -> Autoencoder:
     """The preset's network for 1×8×8, untrained: its answers are no smoother than a trained one's."""
     return build_network(preset, (1, 8, 8), seed=0).eval()
+
+
+@pytest.fixture(scope="session")
+def records() -> Dataset:
+    """569 records of 30 features in very different units, of two classes: scikit-learn's breast-cancer data."""
+    from sklearn.datasets import load_breast_cancer
+
+    bunch = load_breast_cancer()
+    return Dataset(
+        name="breast-cancer",
+        items=torch.from_numpy(bunch.data.astype(np.float32)),
+        labels=torch.from_numpy(bunch.target.astype(np.int64)),
+        label_names=("malignant", "benign"),
+        is_official_test=None,
+        features=tuple(str(name) for name in bunch.feature_names),
+    )
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import training.data
+import training.folders
 from app.artifacts.pictures import open_picture, picture_to_input
-from training.data import Dataset, load_dataset, to_unit
+from training.data import Dataset, load_dataset, to_float
 from training.errors import TrainingError
 
 ROOT = os.environ.get("HOURGLASS_DATA_ROOT")
@@ -18,9 +18,9 @@ ROOT = os.environ.get("HOURGLASS_DATA_ROOT")
 
 def test_digits_are_quantised(digits: Dataset) -> None:
     """scikit-learn's digits come as 1×8×8 uint8 over the whole range, with labels."""
-    assert digits.images.dtype == torch.uint8
-    assert digits.images.shape == (1797, 1, 8, 8)
-    assert (int(digits.images.min()), int(digits.images.max())) == (0, 255)
+    assert digits.items.dtype == torch.uint8
+    assert digits.items.shape == (1797, 1, 8, 8)
+    assert (int(digits.items.min()), int(digits.items.max())) == (0, 255)
     assert digits.labels is not None
     assert digits.input_spec.picture is not None
     assert digits.input_spec.picture.polarity == "light_on_dark"
@@ -30,7 +30,7 @@ def test_digits_are_quantised(digits: Dataset) -> None:
 def test_mnist_keeps_its_official_test_part() -> None:
     """MNIST comes whole, its last 10 000 as test part."""
     mnist = load_dataset("mnist", Path(ROOT or ""))
-    assert mnist.images.shape == (70_000, 1, 28, 28)
+    assert mnist.items.shape == (70_000, 1, 28, 28)
     assert mnist.is_official_test is not None
     assert int(mnist.is_official_test.sum()) == 10_000
 
@@ -50,28 +50,28 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
     """A name that is neither a set nor a folder is answered with those there are."""
-    with pytest.raises(TrainingError, match=r"expected one of digits, mnist.*or a folder"):
+    with pytest.raises(TrainingError, match=r"expected one of digits, mnist.*a folder of pictures"):
         load_dataset(str(tmp_path / "nowhere"), tmp_path)
 
 
 def test_folder_reads_every_picture_as_serving_does(picture_folder: Path) -> None:
     """A folder's pictures go through the service's own function; unreadable files are listed and skipped."""
     dataset = load_dataset(str(picture_folder), Path("unused"))
-    assert dataset.images.shape == (60, 3, 20, 24)
-    assert dataset.images.is_contiguous()
+    assert dataset.items.shape == (60, 3, 20, 24)
+    assert dataset.items.is_contiguous()
     assert dataset.label_names == ("bolts", "nuts")
     assert dataset.labels is not None
     assert dataset.labels.bincount().tolist() == [30, 30]
     assert [line.split(":")[0] for line in dataset.skipped] == ["nuts/cut.png", "nuts/text.png"]
     path = sorted((picture_folder / "bolts").glob("*.png"))[0]
     served = picture_to_input(open_picture(path.read_bytes()), dataset.input_spec)
-    np.testing.assert_array_equal(to_unit(dataset.images[0]).numpy(), served)
+    np.testing.assert_array_equal(to_float(dataset.items[0]).numpy(), served)
 
 
 def test_folder_options_win(picture_folder: Path) -> None:
     """Size and channels are the caller's where given."""
     dataset = load_dataset(str(picture_folder), Path("unused"), image_size_px=(12, 16), channels=1)
-    assert dataset.images.shape == (60, 1, 12, 16)
+    assert dataset.items.shape == (60, 1, 12, 16)
 
 
 def test_grey_pictures_stored_as_rgb_are_grey(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_grey_pictures_stored_as_rgb_are_grey(tmp_path: Path) -> None:
     for i in range(25):
         Image.fromarray(random.integers(0, 256, (10, 10), dtype=np.uint8)).convert("RGB").save(tmp_path / f"{i}.png")
     dataset = load_dataset(str(tmp_path), Path("unused"))
-    assert dataset.images.shape == (25, 1, 10, 10)
+    assert dataset.items.shape == (25, 1, 10, 10)
     assert dataset.labels is None
 
 
@@ -105,6 +105,6 @@ def test_a_folder_of_few_pictures_is_refused(tmp_path: Path) -> None:
 
 def test_too_much_data_is_refused(picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would not fit in memory is refused before it is read."""
-    monkeypatch.setattr(training.data, "MOST_BYTES", 1000)
+    monkeypatch.setattr(training.folders, "MOST_BYTES", 1000)
     with pytest.raises(TrainingError, match="smaller --image-size"):
         load_dataset(str(picture_folder), Path("unused"))

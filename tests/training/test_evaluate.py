@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.artifacts.manifest import Capability
-from training.data import Dataset, to_unit
+from training.data import Dataset, to_float
 from training.evaluate import NOISES, add_noise, pca_mse, psnr_db
 
 
@@ -27,17 +27,17 @@ def test_evaluation_noise_is_always_the_same(kind: str) -> None:
 
 def test_pca_error_is_the_eigenvalues_left_out(digits: Dataset) -> None:
     """On its own training items PCA loses exactly the variance of the components that it lacks."""
-    x = to_unit(digits.images).flatten(1).double()
+    x = to_float(digits.items).flatten(1).double()
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).flip(0)
-    found = pca_mse(digits.images, digits.images, 10)
+    found = pca_mse(digits.items, digits.items, 10)
     assert found is not None
     assert math.isclose(found, float(eigenvalues[10:].sum()) / 64, rel_tol=1e-4)
 
 
 def test_pca_that_would_lose_nothing_is_no_baseline(digits: Dataset) -> None:
     """There is no PCA figure where it would be zero by construction."""
-    assert pca_mse(digits.images, digits.images, 64) is None
-    assert pca_mse(digits.images[:10], digits.images, 10) is None
+    assert pca_mse(digits.items, digits.items, 64) is None
+    assert pca_mse(digits.items[:10], digits.items, 10) is None
 
 
 def test_large_pictures_get_a_randomised_baseline() -> None:
@@ -60,4 +60,4 @@ def test_reasons_state_measured_figures(tiny_store: object) -> None:
     reason = variational.unsupported[Capability.DENOISE]
     before = variational.metrics["psnr_of_reconstruction_sigma_0.5"]
     assert f"from {before.baselines['noisy_input']:.1f} to {before.value:.1f} dB" in reason
-    assert set(open_artifact("tiny-denoising", tiny_store).manifest.unsupported) == {Capability.SAMPLE}
+    assert set(open_artifact("tiny-denoising", tiny_store).manifest.unsupported) == {Capability.INPAINT}

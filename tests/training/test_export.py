@@ -22,9 +22,8 @@ from training.export import (
     servable,
     signatures,
 )
-from training.loop import generator
-from training.presets import Preset
-from training.run import build_network
+from training.noise import generator
+from training.presets import Preset, build_network
 
 
 def inputs_of(network: Autoencoder, items: torch.Tensor) -> dict[Capability, tuple[torch.Tensor, ...]]:
@@ -124,6 +123,7 @@ def test_self_test_vectors_round_trip(network: Autoencoder, items: torch.Tensor)
     assert [capability for capability, _, _ in differences] == list(network.capabilities)
     for _, found, expected in differences:
         np.testing.assert_allclose(found, expected, atol=1e-6)
-    del vectors["encode/in/x"]
-    with pytest.raises(TrainingError, match="encode/in/x"):
+    key = next(key for key in vectors if key.endswith("/in/x"))
+    del vectors[key]
+    with pytest.raises(TrainingError, match=key):
         list(self_test_differences(exported, methods, vectors))

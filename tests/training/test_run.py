@@ -41,9 +41,19 @@ def test_every_preset_makes_a_sound_artifact(preset: Preset, digits: Dataset, tm
     assert manifest.training.preset == preset.name
     assert manifest.training.config["optimisation"]["epochs"] == 1
     assert manifest.training.data.split_sha256 == split_dataset(digits, 0).sha256
-    assert manifest.calibration is not None
-    assert manifest.calibration.count == manifest.training.data.counts["calibration"]
-    assert "test_mse" in manifest.metrics
+    assert (manifest.calibration is not None) == (Capability.ANOMALY_SCORE in manifest.capabilities)
+    if manifest.calibration is not None:
+        assert manifest.calibration.count == manifest.training.data.counts["calibration"]
+    assert ("test_mse" in manifest.metrics) == (Capability.RECONSTRUCT in manifest.capabilities)
+    if Capability.SAMPLE in manifest.capabilities:
+        assert manifest.labels == digits.label_names
+        assert manifest.projection is not None
+        assert "sample_distance_to_training" in manifest.metrics
+    assert manifest.interpolation == (
+        "spherical"
+        if preset.name in ("vae", "vae-tutorial", "beta-vae", "conv-vae") or preset.name == "iwae"
+        else "linear"
+    )
 
 
 def test_the_same_seed_makes_the_same_files(preset: Preset, digits: Dataset, tmp_path: Path) -> None:
@@ -70,8 +80,8 @@ def test_colour_pictures_of_a_folder_train(picture_folder: Path, tmp_path: Path)
 
 def test_default_for_needs_the_capability(digits: Dataset, tmp_path: Path) -> None:
     """An artifact cannot be the default for what it cannot do; nothing is trained or written."""
-    with pytest.raises(TrainingError, match="preset basic cannot sample"):
-        make(PRESETS["basic"], digits, tmp_path, default_for=(Capability.SAMPLE,))
+    with pytest.raises(TrainingError, match="preset unet-denoiser cannot sample"):
+        make(PRESETS["unet-denoiser"], digits, tmp_path, default_for=(Capability.SAMPLE,))
     assert not list(tmp_path.iterdir())
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from app.artifacts.manifest import Capability
+from training.corruptions import Corrupted, Corruption, corrupt
 from training.losses import mean_squared_error
+from training.noise import Noise
+
+Kind = Literal["pictures", "records"]
+
+
+def kind_of(item_shape: tuple[int, ...]) -> Kind:
+    """Pictures are (channels, height, width), records (features,)."""
+    return "pictures" if len(item_shape) == 3 else "records"
 
 
 @dataclass(frozen=True)
@@ -22,21 +30,24 @@ class Figure:
 
 
 class Autoencoder(nn.Module):
-    """A network with a latent vector in its middle.
+    """A network that answers items for items, most with a latent vector in the middle.
 
-    A subclass is built as `Network(item_shape, config)` with a frozen dataclass of the type `config_type`. Its
-    `encode` and `decode` are compiled for serving: plain tensor code, no random numbers, and nothing whose value for
-    one row depends on another row. `loss` and `figures` stay behind in training.
+    What is compiled for serving (`encode`, `decode`, `reconstruct`, `restore`, `blank`, `score`) is plain tensor code:
+    no random numbers, and nothing whose value for one row depends on another row. The rest stays behind in training.
     """
 
-    config_type: ClassVar[type[Any]]
-    capabilities: ClassVar[tuple[Capability, ...]] = (
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["capabilities", "prior"]
+
+    capabilities: tuple[Capability, ...] = (
         Capability.ENCODE,
         Capability.DECODE,
         Capability.RECONSTRUCT,
         Capability.ANOMALY_SCORE,
+        Capability.SAMPLE,
     )
-    latent_dim: int
+    prior: ClassVar[bool] = False  # latent vectors are trained towards N(0, I)
+    if TYPE_CHECKING:  # TorchScript would take the annotation for a type of its own
+        latent_dim: int | None
 
     def encode(self, x: Tensor) -> Tensor:
         """The latent vectors of x, (batch, *item) → (batch, latent_dim)."""
@@ -50,22 +61,53 @@ class Autoencoder(nn.Module):
         """What is left of x after its way through the latent vector, (batch, *item)."""
         return self.decode(self.encode(x))
 
-    def loss(self, x: Tensor, target: Tensor, noise: torch.Generator) -> Tensor:
+    def restore(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Clean items for noisy ones, (batch, *item); `mask` is 1 where `blank` took a value away.
+
+        By default the reconstruction, which is not told of the mask.
+        """
+        del mask
+        return self.reconstruct(x)
+
+    def blank(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Items with what is masked at the value that stands for missing: by default zero."""
+        return x * (1 - mask)
+
+    def score(self, x: Tensor) -> Tensor:
+        """How anomalous items are, (batch,): the mean squared error of their reconstruction."""
+        return (self.reconstruct(x) - x).square().flatten(1).mean(1)
+
+    def prepare(self, items: Tensor) -> None:
+        """Called once before training with training items, (items, *item): takes constants from the data."""
+
+    def advance(self, fraction: float) -> None:
+        """Called before each training step: so much of the training is done, 0 to 1."""
+
+    def corrupt(self, x: Tensor, corruption: Corruption, noise: Noise) -> Corrupted:
+        """The items as the network shall see them in training."""
+        return corrupt(x, corruption, noise)
+
+    def loss(self, x: Tensor, mask: Tensor | None, target: Tensor, noise: Noise) -> Tensor:
         """The scalar to minimise: by default the mean squared error.
 
         Args:
             x: what the network sees, (batch, *item), perhaps corrupted.
+            mask: 1 where a value was taken away, (batch, 1, height, width) or (batch, features); None: nowhere.
             target: what it should answer, (batch, *item).
             noise: where a stochastic network draws from.
         """
-        del noise
+        del mask, noise
         return mean_squared_error(self.reconstruct(x), target).mean()
 
     def standardise_latent(self, x: Tensor) -> None:
         """Called once after training with training items: scales the code where that is possible exactly."""
-        del x
 
-    def figures(self, x: Tensor, noise: torch.Generator) -> dict[str, Figure]:
+    def latent_draws(self, x: Tensor, noise: Noise) -> Tensor:
+        """Latent vectors as the decoder met them in training, (batch, latent_dim): what a sampler should imitate."""
+        del noise
+        return self.encode(x)
+
+    def figures(self, x: Tensor, noise: Noise) -> dict[str, Figure]:
         """Quality figures of this family alone, by name; by default none."""
         del x, noise
         return {}

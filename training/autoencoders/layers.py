@@ -55,55 +55,15 @@ def standardise_code(last: nn.Linear, first: nn.Linear, latents: Tensor) -> None
     last.bias.copy_((last.bias.double() - mean) / std)
 
 
-class ConvEncoder(nn.Module):
-    """Halves a picture until its shorter side is at most `smallest_side`, then maps it to `outputs` numbers.
+class Crop(nn.Module):
+    """Cuts pictures down to their first lines and columns."""
 
-    `channels` are the widths of the stages; the last one repeats if the picture needs more of them.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], channels: Sequence[int], smallest_side: int, outputs: int) -> None:
-        super().__init__()
-        stages = conv_stages(shape, channels, smallest_side)
-        layers: list[nn.Module] = []
-        for (fan_in, _, _), (fan_out, _, _) in itertools.pairwise(stages):
-            layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1), *_norm_and_activation(fan_out)]
-        self.stages = nn.Sequential(*layers)
-        self.code = nn.Linear(math.prod(stages[-1]), outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) → (batch, outputs)."""
-        return self.code(self.stages(x).flatten(1))  # type: ignore[no-any-return]
-
-
-class ConvDecoder(nn.Module):
-    """The way back of `ConvEncoder`: from latent vectors to the logits of a picture."""
-
-    def __init__(
-        self, shape: tuple[int, int, int], channels: Sequence[int], smallest_side: int, latent_dim: int
-    ) -> None:
-        super().__init__()
-        stages = conv_stages(shape, channels, smallest_side)[::-1]
-        self.first: list[int] = list(stages[0])
-        self.code = nn.Linear(latent_dim, math.prod(stages[0]))
-        layers: list[nn.Module] = [nn.GELU()]
-        for i, ((fan_in, _, _), (fan_out, height, width)) in enumerate(itertools.pairwise(stages)):
-            # Doubles the sides; a side that was odd before it was halved loses the surplus line again.
-            layers += [nn.ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1), _Crop(height, width)]
-            if i < len(stages) - 2:
-                layers += _norm_and_activation(fan_out)
-        self.stages = nn.Sequential(*layers)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(batch, latent_dim) → logits (batch, channels, height, width)."""
-        return self.stages(unflatten(self.code(z), self.first))  # type: ignore[no-any-return]
-
-
-class _Crop(nn.Module):
     def __init__(self, height: int, width: int) -> None:
         super().__init__()
         self.height, self.width = height, width
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height or more, width or more) → (batch, channels, height, width)."""
         return x[:, :, : self.height, : self.width]
 
 
@@ -117,7 +77,8 @@ def conv_stages(shape: tuple[int, int, int], channels: Sequence[int], smallest_s
     return stages
 
 
-def _norm_and_activation(channels: int) -> list[nn.Module]:
+def norm_and_activation(channels: int) -> list[nn.Module]:
+    """A normalisation of each row by itself, and an activation."""
     # GroupNorm, not BatchNorm: a row's answer must not depend on its neighbours.
     return [nn.GroupNorm(math.gcd(8, channels), channels), nn.GELU()]
 

@@ -1,0 +1,1 @@
+"""What the presets reach on MNIST, measured beside baselines: `make quality`. No part of what is installed."""

@@ -1,0 +1,113 @@
+"""The networks that are measured: presets with the settings fixed on the validation part, before any test figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from app.artifacts.store import Artifact, list_artifacts
+from training.checkpoints import CheckpointFile
+from training.data import default_data_root, load_dataset
+from training.dataset import Dataset, to_float
+from training.presets import get_preset, override
+from training.progress import Lines
+from training.run import make_artifact, open_artifact
+from training.splits import Split, split_dataset
+
+FOLDER = Path(".quality")
+STORE = FOLDER / "store"
+SEED = 0
+console = Console()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A preset with settings, trained on MNIST's training part with seed 0 on one thread."""
+
+    name: str
+    preset: str
+    settings: tuple[str, ...] = ()
+    max_minutes: float | None = None
+
+    def artifact(self) -> Artifact:
+        """The trained artifact: from an earlier run if there is one, else trained now, from its checkpoint if any."""
+        if not any(ref.name == self.name for ref in list_artifacts(STORE)):
+            FOLDER.mkdir(exist_ok=True)
+            checkpoint = FOLDER / f"{self.name}.pt"
+            make_artifact(
+                override(get_preset(self.preset), self.settings),
+                mnist(),
+                name=self.name,
+                store=STORE,
+                seed=SEED,
+                device=torch.device("cpu"),
+                progress=Lines(console),
+                checkpoints=CheckpointFile(checkpoint),
+                max_minutes=self.max_minutes,
+            )
+            checkpoint.unlink()
+        return open_artifact(self.name, STORE)
+
+    @property
+    def words(self) -> str:
+        """How it was made."""
+        limit = "" if self.max_minutes is None else f", at most {self.max_minutes:g} minutes"
+        return f"`{self.preset}`" + (f" with {', '.join(self.settings)}" if self.settings else "") + limit
+
+
+@cache
+def mnist() -> Dataset:
+    """MNIST from HOURGLASS_DATA_ROOT."""
+    return load_dataset("mnist", default_data_root())
+
+
+@cache
+def split() -> Split:
+    """Its parts, as in every training with seed 0."""
+    return split_dataset(mnist(), SEED)
+
+
+def part(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float pictures and labels of a part."""
+    dataset, indices = mnist(), getattr(split(), name)
+    if dataset.labels is None:
+        raise ValueError("mnist: expected labels, found none")
+    return to_float(dataset.items[indices]), dataset.labels[indices]
+
+
+_MLP = ("hidden_sizes=[500,250]", "optimisation.batch_size=256", "optimisation.bfloat16=true")
+
+TUTORIAL = Measured("q-tutorial", "basic-tutorial")
+KNN_2 = Measured("q-knn-2", "basic", (*_MLP, "latent_dim=2"))
+KNN_8 = Measured("q-knn-8", "basic", (*_MLP, "latent_dim=8"))
+DENSE_32 = Measured(
+    "q-dense-32",
+    "basic",
+    (
+        "hidden_sizes=[1000,500,250]",
+        "optimisation.batch_size=256",
+        "optimisation.epochs=40",
+        "optimisation.learning_rate=1e-3",
+        "optimisation.bfloat16=true",
+    ),
+)
+VAE = Measured(
+    "q-vae",
+    "vae",
+    (
+        "hidden_sizes=[500,500]",
+        "latent_dim=40",
+        "likelihood.binarise=true",
+        "bottleneck.warmup_fraction=0.08",
+        "optimisation.epochs=70",
+        "optimisation.learning_rate=1e-3",
+        "optimisation.bfloat16=true",
+    ),
+)
+TOP_K = Measured("q-topk", "sparse-topk")
+U_NET = Measured("q-unet", "unet-denoiser", max_minutes=45)
+SAMPLES = Measured("q-vae-preset", "vae")
