@@ -78,3 +78,13 @@ def run_server(settings: Settings) -> Iterator[str]:
 def serve() -> Callable[[Settings], AbstractContextManager[str]]:
     """A context manager that runs a real server for some settings and gives its base URL."""
     return run_server
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tells what tests measured, those that call `record_property("measured", "…")`."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    lines = [line for report in reports for key, line in report.user_properties if key == "measured"]
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(str(line))

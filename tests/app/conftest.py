@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -175,6 +183,145 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
+
+
+@dataclass
+class Running:
+    """A service in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    port: int = field(default=0)
+
+    def get(self, path: str) -> httpx.Response:
+        """One request over a connection of its own, so that any worker may get it."""
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=20)
+
+    def post(self, path: str) -> httpx.Response:
+        return httpx.post(f"http://127.0.0.1:{self.port}{path}", json={"instances": [[0.25] * 64]}, timeout=20)
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.holds(condition):
+            assert time.monotonic() < deadline, f"{what} did not come about\n{self.log.read_text()}"
+            time.sleep(0.05)
+
+    @staticmethod
+    def holds(condition: Callable[[], bool]) -> bool:
+        try:
+            return condition()
+        except httpx.TransportError:
+            return False
+
+    def workers(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+
+@contextmanager
+def run_process(store: Path, log: Path, *arguments: str, **environment: str) -> Iterator[Running]:
+    """`python -m app serve` on a free port; its log in `log`."""
+    variables = {**os.environ, "HOURGLASS_MODELS_STORE": str(store), "HOURGLASS_LOG_FORMAT": "console", **environment}
+    with log.open("wb") as stderr:
+        command = [sys.executable, "-m", "app", "serve", "--port", "0", *arguments]
+        process = subprocess.Popen(command, env=variables, stderr=stderr, cwd=Path(__file__).parents[2])
+    service = Running(process, log)
+    try:
+        service.until(lambda: "Hourglass on http" in log.read_text(), "the announcement")
+        service.port = int(re.findall(r"Hourglass on http://[^:]+:(\d+)", log.read_text())[0])
+        service.until(lambda: service.get("/readyz").status_code == 200, "readiness")
+        yield service
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def running() -> Callable[..., AbstractContextManager[Running]]:
+    """`running(store, log, *arguments, **environment)`: a service in a process of its own."""
+    return run_process
+
+
+@dataclass
+class Load:
+    """Clients in a thread of their own, each with a connection that it keeps, asking the same again and again.
+
+    Args:
+        port: of 127.0.0.1.
+        path: posted to, with `body`.
+        check: what is wrong with an answer, from its status, headers and body; None if nothing is.
+        clients: how many at the same time.
+        pause_s: how long each waits between an answer and its next request.
+    """
+
+    port: int
+    path: str | Callable[[], str]
+    body: bytes
+    check: Callable[[int, dict[str, str], bytes], str | None]
+    clients: int = 64
+    pause_s: float = 0.03
+    answers: int = 0
+    wrong: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    """Requests that got no answer: refused or broken connections."""
+
+    def __enter__(self) -> Load:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "a client waits for an answer that never comes"
+
+    @property
+    def failures(self) -> list[str]:
+        """Whatever is no good answer."""
+        return [*self.wrong, *self.lost]
+
+    async def _run(self) -> None:
+        await asyncio.gather(*(self._ask() for _ in range(self.clients)))
+
+    async def _ask(self) -> None:
+        writer: asyncio.StreamWriter | None = None
+        while not self._stop.is_set():
+            path = self.path if isinstance(self.path, str) else self.path()
+            try:
+                if writer is None:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\n" % path.encode())
+                writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(self.body), self.body))
+                async with asyncio.timeout(30):
+                    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                    lines = head.split("\r\n")
+                    headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+                    body = await reader.readexactly(int(headers["content-length"]))
+            except (OSError, EOFError, TimeoutError) as error:
+                self.lost.append(f"{type(error).__name__}: {error}")
+                if writer is not None:
+                    writer.close()
+                writer = None
+                await asyncio.sleep(0.05)
+                continue
+            self.answers += 1
+            wrong = self.check(int(lines[0].split()[1]), headers, body)
+            if wrong is not None:
+                self.wrong.append(wrong)
+            if headers.get("connection") == "close":
+                writer.close()
+                writer = None
+            await asyncio.sleep(self.pause_s)
+        if writer is not None:
+            writer.close()
+
+
+@pytest.fixture(scope="session")
+def load() -> type[Load]:
+    """Many clients at once; see `Load`."""
+    return Load
 
 
 @pytest.fixture(scope="session")

@@ -4,77 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
+if TYPE_CHECKING:
+    from conftest import Running
+
+    Run = Callable[..., AbstractContextManager[Running]]
+
 ITEM = {"instances": [[0.25] * 64]}
 
 
-@dataclass
-class Running:
-    """A service in a process of its own."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-    port: int = field(default=0)
-
-    def get(self, path: str) -> httpx.Response:
-        """One request over a connection of its own, so that any worker may get it."""
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=20)
-
-    def post(self, path: str) -> httpx.Response:
-        return httpx.post(f"http://127.0.0.1:{self.port}{path}", json=ITEM, timeout=20)
-
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not self.holds(condition):
-            assert time.monotonic() < deadline, f"{what} did not come about\n{self.log.read_text()}"
-            time.sleep(0.05)
-
-    @staticmethod
-    def holds(condition: Callable[[], bool]) -> bool:
-        try:
-            return condition()
-        except httpx.TransportError:
-            return False
-
-    def workers(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
-
-
-@contextmanager
-def running(store: Path, log: Path, *arguments: str, **environment: str) -> Iterator[Running]:
-    """`python -m app serve` on a free port; its log in `log`."""
-    variables = {**os.environ, "HOURGLASS_MODELS_STORE": str(store), "HOURGLASS_LOG_FORMAT": "console", **environment}
-    with log.open("wb") as stderr:
-        command = [sys.executable, "-m", "app", "serve", "--port", "0", *arguments]
-        process = subprocess.Popen(command, env=variables, stderr=stderr, cwd=Path(__file__).parents[2])
-    service = Running(process, log)
-    try:
-        service.until(lambda: "Hourglass on http" in log.read_text(), "the announcement")
-        service.port = int(re.findall(r"Hourglass on http://[^:]+:(\d+)", log.read_text())[0])
-        service.until(lambda: service.get("/readyz").status_code == 200, "readiness")
-        yield service
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
-def pair(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def pair(store: Path, tmp_path_factory: pytest.TempPathFactory, running: Run) -> Iterator[Running]:
     """A service of two workers."""
     with running(store, tmp_path_factory.mktemp("pair") / "log", "--workers", "2") as service:
         yield service
@@ -117,7 +68,9 @@ def test_a_killed_worker_is_missed_and_replaced(pair: Running) -> None:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_service_well(store: Path, tmp_path: Path, workers: str, number: signal.Signals) -> None:
+def test_a_signal_ends_the_service_well(
+    store: Path, tmp_path: Path, workers: str, number: signal.Signals, running: Run
+) -> None:
     """SIGTERM and SIGINT end it with exit code 0 and nothing left behind, whatever the number of workers."""
     with running(store, tmp_path / "log", "--workers", workers, TMPDIR=str(tmp_path)) as service:
         children = service.workers() if workers != "1" else []
@@ -128,7 +81,7 @@ def test_a_signal_ends_the_service_well(store: Path, tmp_path: Path, workers: st
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_workers_do_not_outlive_their_supervisor(store: Path, tmp_path: Path) -> None:
+def test_workers_do_not_outlive_their_supervisor(store: Path, tmp_path: Path, running: Run) -> None:
     """When the supervisor is killed, its workers end by themselves."""
     with running(store, tmp_path / "log", "--workers", "2") as service:
         children = service.workers()
@@ -153,7 +106,7 @@ def test_a_taken_port_is_named(store: Path, pair: Running) -> None:
         assert f"cannot listen on 127.0.0.1, port {pair.port}" in done.stderr
 
 
-def test_model_control_reaches_every_worker(store: Path, tmp_path: Path) -> None:
+def test_model_control_reaches_every_worker(store: Path, tmp_path: Path, running: Run) -> None:
     """When an order is answered, every worker has done it, and one that is replaced starts with it."""
     shutil.copytree(store, tmp_path / "store")
     keys = tmp_path / "keys"

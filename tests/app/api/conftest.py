@@ -78,8 +78,8 @@ class Service:
 
 
 @contextmanager
-def run_service(settings: Settings, *, wait: bool = True) -> Iterator[Service]:
-    app = create_app(settings)
+def run_service(settings: Settings, *, wait: bool = True, end: Callable[[], None] = lambda: None) -> Iterator[Service]:
+    app = create_app(settings, end=end)
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, http=HttpConnection)
     )
