@@ -26,6 +26,7 @@ from app.fleet import Fleet, Member, Snapshot, VersionState
 from app.health import Health
 from app.inference.loaded_model import select_devices
 from app.observability.metrics import Metrics
+from app.protocols import open_inference
 from app.settings import Settings
 
 
@@ -94,12 +95,14 @@ def create_app(settings: Settings, member: Member | None = None, end: Callable[[
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.drain = drain
-    for router in (*ROUTERS, models.router, health.router):
+    for router in (*ROUTERS, models.router, health.router, open_inference.router):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     hot = {path: handler for router in ROUTERS for path, handler in router.hot.items()}
-    app.add_middleware(Envelope, hot=hot, metrics=metrics, keys=keys, drain=drain)
+    app.add_middleware(
+        Envelope, hot=hot, hot_patterns=(open_inference.HOT_PATTERN,), metrics=metrics, keys=keys, drain=drain
+    )
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:

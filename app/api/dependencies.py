@@ -110,6 +110,13 @@ class Model:
         """The map of the latent space."""
         return self.served.projection
 
+    def server_timing(self, decode_s: float, encode_s: float) -> bytes:
+        """The header Server-Timing, in milliseconds."""
+        return (
+            f"decode;dur={decode_s * 1e3:.3f}, queue;dur={self.queued_s * 1e3:.3f}, "
+            f"run;dur={self.ran_s * 1e3:.3f}, encode;dur={encode_s * 1e3:.3f}"
+        ).encode()
+
     async def run(self, capability: Capability, *arguments: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """The exported method's outputs, each (n, …), for arguments of n rows each; raises as `Batcher.submit` does."""
         rows = list(zip(*arguments, strict=True))

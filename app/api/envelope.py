@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,17 +25,36 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
+@dataclass(frozen=True)
+class HotPattern:
+    """Paths with parameters in them that have one handler, and the route that metrics count them under."""
+
+    expression: re.Pattern[str]
+    route: str
+    handler: Handler
+
+
 class Envelope:
     """Gives every request an id, counts and times it, and turns what nobody caught into one traceback and a bare 500.
 
-    Requests to the paths in `hot` go straight to their handlers; routing and its middleware cost more than most of
-    them. All others go through `app`. The caller's `X-Request-Id` is kept if it is 1 to 128 harmless characters. Who
-    may not ask, and who asks while the service is leaving for good, is told so here.
+    Requests to the paths in `hot`, and to those that one of `hot_patterns` matches whole, go straight to their
+    handlers; routing and its middleware cost more than most of them. All others go through `app`. The caller's
+    `X-Request-Id` is kept if it is 1 to 128 harmless characters. Who may not ask, and who asks while the service is
+    leaving for good, is told so here.
     """
 
-    def __init__(self, app: ASGIApp, hot: Mapping[str, Handler], metrics: Metrics, keys: Keys, drain: Drain) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        hot: Mapping[str, Handler],
+        hot_patterns: Sequence[HotPattern],
+        metrics: Metrics,
+        keys: Keys,
+        drain: Drain,
+    ) -> None:
         self._app = app
         self._hot = hot
+        self._hot_patterns = hot_patterns
         self._metrics = metrics
         self._keys = keys
         self._drain = drain
@@ -61,6 +81,10 @@ class Envelope:
 
         path: str = scope["path"]
         handler = self._hot.get(path) if scope["method"] == "POST" else None
+        if handler is None and scope["method"] == "POST":
+            for pattern in self._hot_patterns:
+                if found := pattern.expression.fullmatch(path):
+                    handler, path, scope["path_params"] = pattern.handler, pattern.route, found.groupdict()
         try:
             if handler is None:
                 if (refusal := self._refusal(scope, path)) is None:

@@ -63,6 +63,11 @@ def problem_body(message: str, code: str, request_id: str, **more: object) -> by
     return orjson.dumps({"error": message, "code": code, "request_id": request_id, **more})
 
 
+def code_of(error: Exception) -> str:
+    """The stable name of an error."""
+    return STATUS.get(type(error), INTERNAL)[1] if isinstance(error, errors.ServiceError) else INTERNAL[1]
+
+
 def problem_response(request: Request, error: Exception) -> Response:
     """The answer for an error, from the table; anything that is not in it is a bare 500."""
     request_id = request.scope.get("request_id", "")
@@ -76,6 +81,8 @@ def problem_response(request: Request, error: Exception) -> Response:
     message = "internal error" if (status, code) == INTERNAL else str(error)
     if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if status == 422 and request.scope["path"].startswith("/v2/"):
+        status = 400  # what clients of the Open Inference Protocol know
     if isinstance(error, errors.Unavailable):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return Response(

@@ -33,6 +33,7 @@ from app.api.dependencies import (
     Model,
     catalog_of,
     headers_of,
+    metrics_of,
     preferred_media_type,
     read_body,
     read_terms,
@@ -256,20 +257,23 @@ class InferenceRouter(APIRouter):
                     raise errors.NotAcceptable(f"accept: expected {expected}, found {accept!r}")
                 terms = read_terms(scope, headers, settings)
                 model = Model(model_found, terms)
-                started = time.perf_counter()
-                body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
-                with until_disconnect(request.receive):
-                    given = await read(body, model, parameters, request)
-                    decoded = time.perf_counter()
-                    results = await endpoint(given, model, parameters)
-                ids = given.ids if isinstance(given, Items) else None
-                ran = time.perf_counter()
-                response = encode_results(results, model, media_type, as_png=parameters.images == "png", ids=ids)
-                timing = (
-                    f"decode;dur={(decoded - started) * 1e3:.3f}, queue;dur={model.queued_s * 1e3:.3f}, "
-                    f"run;dur={model.ran_s * 1e3:.3f}, encode;dur={(time.perf_counter() - ran) * 1e3:.3f}"
-                )
-                response.raw_headers += [(b"x-model", str(model).encode()), (b"server-timing", timing.encode())]
+                counted = metrics_of(request).inference(model_found.manifest.name, model_found.manifest.version)
+                with counted:
+                    started = time.perf_counter()
+                    body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
+                    with until_disconnect(request.receive):
+                        given = await read(body, model, parameters, request)
+                        decoded = time.perf_counter()
+                        results = await endpoint(given, model, parameters)
+                    ids = given.ids if isinstance(given, Items) else None
+                    ran = time.perf_counter()
+                    response = encode_results(results, model, media_type, as_png=parameters.images == "png", ids=ids)
+                    counted.items = len(results.main)
+                    counted.decode_s, counted.encode_s = decoded - started, time.perf_counter() - ran
+                response.raw_headers += [
+                    (b"x-model", str(model).encode()),
+                    (b"server-timing", model.server_timing(counted.decode_s, counted.encode_s)),
+                ]
                 return response
 
             self.hot[path] = handle

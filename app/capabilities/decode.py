@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from app.api.dependencies import Model
@@ -59,5 +61,10 @@ async def decode(content: Content, model: Model, query: ModelQuery) -> Results:
     else:
         raise UnsupportedMediaType(f"content-type: expected {JSON} or {NPY}, found {body.media_type!r}")
     check_rows(latents, None)
+    return await decode_latents(latents, model)
+
+
+async def decode_latents(latents: NDArray[np.float32], model: Model) -> Results:
+    """The items that finite latent vectors, (n, latent_dim), stand for."""
     (reconstruction,) = await model.run(Capability.DECODE, latents)  # (n, *shape)
     return Results({"reconstruction": reconstruction}, main=reconstruction, pictures="reconstruction")

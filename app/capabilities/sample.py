@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,6 +34,17 @@ class SampleRequest(BaseModel):
         None, description="Class to draw from, one of the model's `labels`; unset: any, as often as it was learnt."
     )
 
+    @classmethod
+    def parse(cls, document: dict[str, Any]) -> Self:
+        """The request in an object. Raises InvalidParameter."""
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join(str(part) for part in first["loc"])
+            found = "" if first["type"] == "extra_forbidden" else f", found {first['input']!r}"
+            raise InvalidParameter(f"{name}: {first['msg']}{found}") from error
+
 
 class Sampled(BaseModel):
     """One new item."""
@@ -53,7 +64,11 @@ class Sampled(BaseModel):
 )
 async def sample(content: Content, model: Model, query: ModelQuery) -> Results:
     """Draw new items; the same seed on the same model gives the same items."""
-    wanted = _parse(content.body)
+    return await draw(_parse(content.body), model)
+
+
+async def draw(wanted: SampleRequest, model: Model) -> Results:
+    """The samples that are asked for, and the seed that they were drawn with."""
     seed = secrets.randbelow(MAX_SEED + 1) if wanted.seed is None else wanted.seed
     # Drawn before batching: a seed must not depend on who shares the batch.
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -88,10 +103,4 @@ def _parse(body: Body) -> SampleRequest:
     document = parse_json(body.data)
     if not isinstance(document, dict):
         raise InvalidInput('body: expected an object such as {"count": 4, "seed": 7}')
-    try:
-        return SampleRequest.model_validate(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] == "extra_forbidden" else f", found {first['input']!r}"
-        raise InvalidParameter(f"{name}: {first['msg']}{found}") from error
+    return SampleRequest.parse(document)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from types import TracebackType
+from typing import Any, Self
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -21,6 +25,54 @@ MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _MODEL = ("model", "version", "capability")
+
+
+@dataclass
+class ModelCounts:
+    """What one version of a model has done since the service began, over all workers; times in seconds."""
+
+    answered: int = 0
+    failed: int = 0
+    items: int = 0
+    batches: int = 0
+    waits: int = 0
+    last_answered_at: float = 0.0
+    answered_s: float = 0.0
+    failed_s: float = 0.0
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    run_s: float = 0.0
+    encode_s: float = 0.0
+
+
+class Inference:
+    """One request for a model, measured while it is open; what raises counts as failed."""
+
+    __slots__ = ("_children", "_started", "decode_s", "encode_s", "items")
+
+    def __init__(self, children: tuple[Any, ...]) -> None:
+        self._children = children
+        self._started = time.perf_counter()
+        self.items = 0
+        self.decode_s = 0.0
+        self.encode_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        answered, failed, items, answered_s, failed_s, decode_s, encode_s, last = self._children
+        seconds = time.perf_counter() - self._started
+        if error is not None:
+            failed.inc()
+            failed_s.inc(seconds)
+            return
+        answered.inc()
+        items.inc(self.items)
+        answered_s.inc(seconds)
+        decode_s.inc(self.decode_s)
+        encode_s.inc(self.encode_s)
+        last.set_to_current_time()
 
 
 class Metrics:
@@ -81,6 +133,30 @@ class Metrics:
             buckets=(*_SECONDS, 30.0, 60.0, 120.0),
             registry=self.registry,
         )
+        model = ("model", "version")
+        self._model_requests = Counter(
+            "hourglass_model_requests",
+            "Requests for a model: answered, or failed.",
+            (*model, "outcome"),
+            registry=self.registry,
+        )
+        self._model_items = Counter(
+            "hourglass_model_items", "Items of the requests that a model answered.", model, registry=self.registry
+        )
+        self._model_seconds = Counter(
+            "hourglass_model_request_seconds",
+            "Time of requests for a model: answered and failed ones as a whole, and decoding and encoding of those.",
+            (*model, "part"),
+            registry=self.registry,
+        )
+        self._model_last = Gauge(
+            "hourglass_model_last_answer_timestamp_seconds",
+            "When the model last answered.",
+            model,
+            registry=self.registry,
+            multiprocess_mode="max",
+        )
+        self._inference_children = lru_cache(maxsize=512)(self._inference_counters)
         # Looking labels up costs more than counting; methods and statuses come from outside, so not without bound.
         self._request_children = lru_cache(maxsize=512)(
             lambda method, route, status: (
@@ -94,6 +170,19 @@ class Metrics:
         counter, histogram = self._request_children(method, route, status)
         counter.inc()
         histogram.observe(seconds)
+
+    def inference(self, model: str, version: int) -> Inference:
+        """Measures a request for a model as long as it is open."""
+        return Inference(self._inference_children(model, version))
+
+    def _inference_counters(self, model: str, version: int) -> tuple[Any, ...]:
+        labels = (model, str(version))
+        return (
+            *(self._model_requests.labels(*labels, outcome) for outcome in ("answered", "failed")),
+            self._model_items.labels(*labels),
+            *(self._model_seconds.labels(*labels, part) for part in ("answered", "failed", "decode", "encode")),
+            self._model_last.labels(*labels),
+        )
 
     def observe_batch(self, model: str, version: int, capability: Capability, record: BatchRecord) -> None:
         """Counts a batch that ran."""
@@ -114,18 +203,64 @@ class Metrics:
             self._load_seconds.observe(seconds)
         # Files that several processes share cannot forget; one process must, or every reload would leave something.
         if change == "unloaded" and MULTIPROCESS_VARIABLE not in os.environ:
-            for metric in (self._rows, self._failed_rows, self._batches, self._queue_seconds, self._run_seconds):
+            for metric in (
+                self._rows,
+                self._failed_rows,
+                self._batches,
+                self._queue_seconds,
+                self._run_seconds,
+                self._model_requests,
+                self._model_items,
+                self._model_seconds,
+                self._model_last,
+            ):
                 metric.remove_by_labels({"model": model, "version": str(version)})
+            self._inference_children.cache_clear()
+
+    def model_counts(self) -> dict[tuple[str, int], ModelCounts]:
+        """What each version of each model has done, over all workers."""
+        counts: dict[tuple[str, int], ModelCounts] = {}
+        for family in self._counts().collect():
+            for sample in family.samples:
+                field = _COUNTED.get((sample.name, sample.labels.get("outcome") or sample.labels.get("part")))
+                if field is None:
+                    continue
+                key = (sample.labels["model"], int(sample.labels["version"]))
+                found = counts.setdefault(key, ModelCounts())
+                before = getattr(found, field)
+                setattr(found, field, before + type(before)(sample.value))
+        return counts
+
+    def _counts(self) -> CollectorRegistry:
+        """The registry of all workers together."""
+        if MULTIPROCESS_VARIABLE not in os.environ:
+            return self.registry
+        counts = CollectorRegistry()
+        MultiProcessCollector(counts)  # type: ignore[no-untyped-call]
+        return counts
 
     def exposition(self) -> bytes:
         """Every metric in Prometheus' text format, over all workers."""
-        counts = self.registry
-        if MULTIPROCESS_VARIABLE in os.environ:
-            counts = CollectorRegistry()
-            MultiProcessCollector(counts)  # type: ignore[no-untyped-call]
+        counts = self._counts()
         states = CollectorRegistry()
         states.register(_States(self._fleet()))
         return generate_latest(counts) + generate_latest(states)
+
+
+_COUNTED = {
+    ("hourglass_model_requests_total", "answered"): "answered",
+    ("hourglass_model_requests_total", "failed"): "failed",
+    ("hourglass_model_items_total", None): "items",
+    ("hourglass_model_request_seconds_total", "answered"): "answered_s",
+    ("hourglass_model_request_seconds_total", "failed"): "failed_s",
+    ("hourglass_model_request_seconds_total", "decode"): "decode_s",
+    ("hourglass_model_request_seconds_total", "encode"): "encode_s",
+    ("hourglass_model_last_answer_timestamp_seconds", None): "last_answered_at",
+    ("hourglass_batch_rows_count", None): "batches",
+    ("hourglass_queue_seconds_count", None): "waits",
+    ("hourglass_queue_seconds_sum", None): "queue_s",
+    ("hourglass_run_seconds_sum", None): "run_s",
+}
 
 
 class _States(Collector):

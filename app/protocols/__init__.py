@@ -1,0 +1,1 @@
+"""Other languages for the same capabilities."""

@@ -1,0 +1,808 @@
+"""The Open Inference Protocol v2 over HTTP, with binary tensors: what KServe and Triton clients speak.
+
+Every output is one that a capability answers; only those asked for are computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import math
+import re
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import anyio.to_thread
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from app import __version__, errors
+from app.api.dependencies import (
+    MAX_PRIORITY,
+    MAX_TIMEOUT_MS,
+    Model,
+    Terms,
+    catalog_of,
+    fleet_of,
+    headers_of,
+    metrics_of,
+    read_body,
+    read_terms,
+    settings_of,
+)
+from app.api.envelope import HotPattern
+from app.api.errors import Problem, problem_body, problem_responses
+from app.api.responses import json_response
+from app.api.routing import COMMON_ERRORS, ItemsQuery, RawRoute, Results, parse_query, until_disconnect
+from app.artifacts.manifest import Capability, Manifest
+from app.artifacts.pictures import pixels_to_range
+from app.capabilities.anomaly_score import AnomalyQuery, anomaly_score
+from app.capabilities.decode import decode_latents
+from app.capabilities.denoise import denoise
+from app.capabilities.encode import EncodeQuery, encode
+from app.capabilities.inpaint import inpaint
+from app.capabilities.reconstruct import reconstruct
+from app.capabilities.sample import SampleRequest, draw
+from app.codecs.bodies import Body, parse_json
+from app.codecs.items import Items, check_rows
+from app.codecs.tensors import DATATYPES, HEADER_LENGTH, InferRequest, Tensor, encode_infer_answer, parse_infer_request
+from app.fleet import VersionState
+from app.observability.metrics import ModelCounts
+from app.served_model import ServedModel
+
+router = APIRouter(tags=["open inference protocol"])
+
+EXTENSIONS = (
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+)
+PLATFORM, BACKEND = "pytorch_torchscript", "pytorch"
+_INPUT, _MASK, _LATENT = "input", "mask", "latent"
+_TYPES_IN_CONFIG = {"FP32": "TYPE_FP32", "FP64": "TYPE_FP64", "BOOL": "TYPE_BOOL"}
+_IGNORED_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
+_INLINE_BYTES = 128 * 1024  # below it, compressing costs less than handing it to another thread
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor that a model takes or gives, its shape without the batch axis."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Output(TensorEntry):
+    """An output: which capability answers it, in which column of its results, and the inputs that this needs."""
+
+    capability: Capability
+    column: str
+    needs: tuple[str, ...] = (_INPUT,)
+
+    def of(self, columns: dict[str, Any]) -> NDArray[Any]:
+        """The output's rows among a capability's results."""
+        if self.column in columns:
+            return np.asarray(columns[self.column])
+        return np.asarray([row[self.column] for row in columns["components"]])
+
+
+def inputs_of(manifest: Manifest) -> tuple[TensorEntry, ...]:
+    """What a model takes: `input`, and whatever else its capabilities need."""
+    inputs = [TensorEntry(_INPUT, "FP32", manifest.input.shape)]
+    if Capability.INPAINT in manifest.capabilities:
+        inputs.append(TensorEntry(_MASK, "FP32", manifest.input.mask_shape))
+    if Capability.DECODE in manifest.capabilities:
+        inputs.append(TensorEntry(_LATENT, "FP32", manifest.capabilities[Capability.DECODE].inputs[0].shape))
+    return tuple(inputs)
+
+
+def outputs_of(manifest: Manifest) -> tuple[Output, ...]:
+    """What a model gives, by what it can do."""
+    shape = manifest.input.shape
+    latent = (manifest.latent_dim or 0,)
+    score = Capability.ANOMALY_SCORE
+    parts = manifest.capabilities[score].outputs[1:] if score in manifest.capabilities else ()
+    known = (
+        Output("latent", "FP32", latent, Capability.ENCODE, "latent"),
+        Output("reconstruction", "FP32", shape, Capability.RECONSTRUCT, "reconstruction"),
+        Output("reconstruction_error", "FP64", (), Capability.RECONSTRUCT, "reconstruction_error"),
+        Output("denoised", "FP32", shape, Capability.DENOISE, "denoised"),
+        Output("anomaly_score", "FP32", (), score, "score"),
+        Output("p_value", "FP64", (), score, "p_value"),
+        Output("is_anomaly", "BOOL", (), score, "is_anomaly"),
+        Output("threshold", "FP32", (), score, "threshold"),
+        *(Output(part.name, "FP32", (), score, part.name) for part in parts if part.shape == ()),
+        Output("inpainted", "FP32", shape, Capability.INPAINT, "inpainted", (_INPUT, _MASK)),
+        Output("decoded", "FP32", shape, Capability.DECODE, "reconstruction", (_LATENT,)),
+        Output("sample", "FP32", shape, Capability.SAMPLE, "sample", ()),
+    )
+    return tuple(output for output in known if output.capability in manifest.capabilities)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A request's tensors as the capabilities take them, and its parameters."""
+
+    items: Items | None
+    latents: NDArray[np.float32] | None
+    anomaly: AnomalyQuery
+    sample: SampleRequest
+
+
+async def infer(request: Request) -> Response:
+    """Answer the outputs that are asked for; without names all that need no more than `input`."""
+    scope, settings = request.scope, settings_of(request)
+    headers = headers_of(scope)
+    served = _find(request)
+    terms = read_terms(scope, headers, settings)
+    counted = metrics_of(request).inference(served.manifest.name, served.manifest.version)
+    with counted:
+        started = time.perf_counter()
+        body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
+        wants_json = headers.get(b"accept", b"").startswith(b"application/json")
+        found = _read(body, headers, served.manifest, as_json=wants_json)
+        model = Model(served, _terms_of(found, terms))
+        outputs = _chosen(found, served.manifest)
+        given = _given(found, served.manifest, settings.max_queue_rows)
+        decoded = time.perf_counter()
+        with until_disconnect(request.receive):
+            results = await _run({output.capability: output for output in outputs}, given, model)
+        ran = time.perf_counter()
+        asked = {output.name: output.binary for output in found.outputs or ()}
+        tensors = []
+        for output in outputs:
+            binary = asked.get(output.name)
+            values = output.of(results[output.capability].columns)
+            tensors.append((Tensor(output.name, output.datatype, values), found.binary if binary is None else binary))
+        answer: dict[str, Any] = {
+            "model_name": served.manifest.name,
+            "model_version": str(served.manifest.version),
+            "id": found.id,
+        }
+        if Capability.SAMPLE in results:
+            answer["parameters"] = {"seed": results[Capability.SAMPLE].beside["seed"]}
+        data, header_length = encode_infer_answer(answer, tensors)
+        response = await _response(data, header_length, headers.get(b"accept-encoding", b""))
+        counted.items = len(tensors[0][0].values)
+        counted.decode_s, counted.encode_s = decoded - started, time.perf_counter() - ran
+    response.raw_headers += [
+        (b"x-model", str(model).encode()),
+        (b"server-timing", model.server_timing(counted.decode_s, counted.encode_s)),
+    ]
+    return response
+
+
+HOT_PATTERN = HotPattern(
+    re.compile(r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer"),
+    "/v2/models/{name}/infer",
+    infer,
+)
+
+
+def _find(request: Request) -> ServedModel:
+    """The model of the path. Raises as `Catalog.find` does."""
+    name, version = request.path_params["name"], request.path_params.get("version")
+    if ":" in name:
+        raise errors.ModelNotFound(f"model: a name has no colon, found {name!r}")
+    return catalog_of(request).find(name if version is None else f"{name}:{version}")
+
+
+def _read(body: Body, headers: dict[bytes, bytes], manifest: Manifest, *, as_json: bool) -> InferRequest:
+    """The request in a body, raw ones included: those are the bytes of one `input` and nothing else."""
+    header = headers.get(HEADER_LENGTH.lower().encode())
+    length = None if header is None else header.decode("latin-1")
+    picture = manifest.input.picture is not None
+    if length == "0":
+        shape, size = manifest.input.shape, manifest.input.size
+        datatype, dtype = "FP32", DATATYPES["FP32"]
+        if picture and len(body.data) == size:
+            datatype, dtype = "UINT8", DATATYPES["UINT8"]
+        if len(body.data) != size * dtype.itemsize:
+            sizes = f"{size * 4}" + (f" or {size}" if picture else "")
+            raise errors.MalformedPayload(
+                f"input: unexpected size for input: a raw request is one item of {sizes} bytes, found {len(body.data)}"
+            )
+        values = np.frombuffer(body.data, dtype).reshape(1, *shape)
+        return InferRequest({_INPUT: Tensor(_INPUT, datatype, values)}, binary=not as_json)
+    takes: dict[str, Sequence[str]] = {
+        tensor.name: ("FP32", "UINT8") if picture and tensor.name == _INPUT else ("FP32",)
+        for tensor in inputs_of(manifest)
+    }
+    if _MASK in takes:
+        takes[_MASK] = ("FP32", "UINT8", "BOOL")
+    return parse_infer_request(body.data, length, takes)
+
+
+def _terms_of(found: InferRequest, terms: Terms) -> Terms:
+    """The request's terms with what its parameters say: `timeout` in microseconds, and `priority`, 1 the highest."""
+    if not found.parameters:
+        return terms
+    timeout = _unsigned(found, "timeout")
+    priority = _unsigned(found, "priority")
+    deadline, timeout_ms = terms.deadline, terms.timeout_ms
+    if timeout:
+        if timeout > MAX_TIMEOUT_MS * 1000:
+            raise errors.InvalidParameter(
+                f"timeout: expected at most {MAX_TIMEOUT_MS * 1000} microseconds, found {timeout}"
+            )
+        deadline = min(deadline, terms.deadline - terms.timeout_ms / 1e3 + timeout / 1e6)
+        timeout_ms = min(timeout_ms, math.ceil(timeout / 1000))
+    return Terms(
+        timeout_ms, deadline, terms.caller, max(0, MAX_PRIORITY + 1 - priority) if priority else terms.priority
+    )
+
+
+def _unsigned(found: InferRequest, name: str) -> int:
+    value = found.parameters.get(name, 0)
+    if type(value) is not int or not 0 <= value < 2**64:
+        raise errors.InvalidParameter(f"{name}: expected an integer ≥ 0, found {value!r}")
+    return value
+
+
+def _chosen(found: InferRequest, manifest: Manifest) -> list[Output]:
+    """The outputs to answer. Raises InvalidInput for an unknown one, or one whose inputs are missing."""
+    offered = outputs_of(manifest)
+    if found.outputs is None:
+        chosen = [output for output in offered if output.needs == (_INPUT,)]
+        if not chosen:
+            names = ", ".join(output.name for output in offered)
+            raise errors.InvalidInput(f"outputs: none needs only {_INPUT} here; name one or more of {names}")
+    else:
+        by_name = {output.name: output for output in offered}
+        for wanted in found.outputs:
+            if wanted.name not in by_name:
+                raise errors.InvalidInput(f"outputs: {manifest.name} has {', '.join(by_name)}; found {wanted.name!r}")
+        chosen = [by_name[wanted.name] for wanted in found.outputs]
+    for output in chosen:
+        for needed in output.needs:
+            if needed not in found.inputs:
+                raise errors.InvalidInput(f"inputs: {needed} is missing, which {output.name} needs")
+    return chosen
+
+
+def _given(found: InferRequest, manifest: Manifest, max_rows: int) -> _Given:
+    """The tensors as the capabilities take them. Raises ShapeMismatch, InvalidInput, InvalidParameter and more."""
+    sample, target_fpr = _own_parameters(found.parameters)
+    given = found.inputs
+    items = latents = None
+    if _INPUT in given:
+        values = _rows(given[_INPUT], manifest.input.shape, max_rows)
+        if values.dtype == np.uint8:
+            values = pixels_to_range(values, manifest.input)
+        else:
+            check_rows(values, manifest.input.range)
+        items = Items(values, masks=_masks(given[_MASK], manifest, len(values)) if _MASK in given else None)
+    if _LATENT in given:
+        latents = _rows(given[_LATENT], manifest.capabilities[Capability.DECODE].inputs[0].shape, max_rows)
+        check_rows(latents, None)
+    return _Given(items, latents, AnomalyQuery() if target_fpr is None else _anomaly_query(target_fpr), sample)
+
+
+def _own_parameters(parameters: dict[str, Any]) -> tuple[SampleRequest, Any]:
+    """What `/sample` and `/anomaly-score` take, from among a request's parameters. Raises InvalidParameter."""
+    if not parameters:
+        return SampleRequest(), None
+    for name, value in parameters.items():
+        if name in _IGNORED_PARAMETERS and not value:
+            continue
+        if name not in ("timeout", "priority", "binary_data_output", "target_fpr", *SampleRequest.model_fields):
+            raise errors.InvalidParameter(f"parameters: {name!r} is none that this service knows, or has an effect on")
+    drawn = {name: value for name, value in parameters.items() if name in SampleRequest.model_fields}
+    return SampleRequest.parse(drawn), parameters.get("target_fpr")
+
+
+def _anomaly_query(target_fpr: object) -> AnomalyQuery:
+    if type(target_fpr) not in (int, float):
+        raise errors.InvalidParameter(f"target_fpr: expected a number, found {target_fpr!r}")
+    query: AnomalyQuery = parse_query(AnomalyQuery, f"target_fpr={target_fpr}".encode())
+    return query
+
+
+def _rows(tensor: Tensor, shape: tuple[int, ...], max_rows: int) -> NDArray[Any]:
+    """A tensor as (n, *shape). Raises ShapeMismatch, InvalidInput and PayloadTooLarge."""
+    values = tensor.values
+    if values.shape[1:] not in (shape, (math.prod(shape),)):
+        expected, found = [-1, *shape], list(values.shape)
+        raise errors.ShapeMismatch(f"{tensor.name}: unexpected shape for input: expected {expected}, found {found}")
+    if not len(values):
+        raise errors.InvalidInput(f"{tensor.name}: expected at least one item, found none")
+    if len(values) > max_rows:
+        raise errors.PayloadTooLarge(f"{tensor.name}: expected at most {max_rows} items, found {len(values)}")
+    return values.reshape(len(values), *shape)
+
+
+def _masks(tensor: Tensor, manifest: Manifest, items: int) -> NDArray[np.float32]:
+    masks = _rows(tensor, manifest.input.mask_shape, items).astype(np.float32)
+    if not np.isin(masks, (0, 1)).all():
+        raise errors.InvalidInput("mask: expected 0 where a value is known and 1 where it is missing, found others")
+    if len(masks) not in (1, items):
+        raise errors.ShapeMismatch(f"mask: expected one for all or one for each of {items} items, found {len(masks)}")
+    return np.broadcast_to(masks, (items, *masks.shape[1:]))
+
+
+_Answer = Callable[[_Given, Model], Awaitable[Results]]
+
+
+def _on_items(endpoint: Callable[[Items, Model, Any], Awaitable[Results]], query: ItemsQuery) -> _Answer:
+    async def answer(given: _Given, model: Model) -> Results:
+        return await endpoint(cast("Items", given.items), model, query)
+
+    return answer
+
+
+async def _score(given: _Given, model: Model) -> Results:
+    return await anomaly_score(cast("Items", given.items), model, given.anomaly)
+
+
+async def _decode(given: _Given, model: Model) -> Results:
+    return await decode_latents(cast("NDArray[np.float32]", given.latents), model)
+
+
+async def _sample(given: _Given, model: Model) -> Results:
+    return await draw(given.sample, model)
+
+
+_ANSWERS: dict[Capability, _Answer] = {
+    Capability.ENCODE: _on_items(encode, EncodeQuery()),
+    Capability.RECONSTRUCT: _on_items(reconstruct, ItemsQuery()),
+    Capability.DENOISE: _on_items(denoise, ItemsQuery()),
+    Capability.INPAINT: _on_items(inpaint, ItemsQuery()),
+    Capability.ANOMALY_SCORE: _score,
+    Capability.DECODE: _decode,
+    Capability.SAMPLE: _sample,
+}
+
+
+async def _run(capabilities: Iterable[Capability], given: _Given, model: Model) -> dict[Capability, Results]:
+    """The results of each capability, all of them waiting at once; the first that fails fails the request."""
+    wanted = list(capabilities)
+    if len(wanted) == 1:
+        return {wanted[0]: await _ANSWERS[wanted[0]](given, model)}
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = {
+                capability: group.create_task(cast("Coroutine[Any, Any, Results]", _ANSWERS[capability](given, model)))
+                for capability in wanted
+            }
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return {capability: task.result() for capability, task in tasks.items()}
+
+
+async def _response(data: bytes, header_length: int | None, accept_encoding: bytes) -> Response:
+    """The body as a response, compressed where the caller accepts one coding alone.
+
+    HTTP libraries name several on every request, whoever uses them; compressing tensors costs more than inferring them.
+    """
+    headers = {} if header_length is None else {HEADER_LENGTH: str(header_length)}
+    coding = accept_encoding.strip().lower().decode("latin-1")
+    if coding in ("gzip", "deflate"):
+        compress = partial(gzip.compress, mtime=0) if coding == "gzip" else zlib.compress
+        if len(data) <= _INLINE_BYTES:
+            data = compress(data, 1)
+        else:
+            data = await anyio.to_thread.run_sync(compress, data, 1)
+        headers["Content-Encoding"] = coding
+    media_type = "application/json" if header_length is None else "application/octet-stream"
+    return Response(data, media_type=media_type, headers=headers)
+
+
+class ServerMetadata(BaseModel):
+    """Which server this is."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class V2Live(BaseModel):
+    """The event loop answers."""
+
+    live: bool
+
+
+class V2Ready(BaseModel):
+    """Requests will be answered."""
+
+    ready: bool
+    live: bool
+
+
+class V2ModelReady(BaseModel):
+    """Requests for this model will be answered."""
+
+    name: str
+    ready: bool
+
+
+class V2Models(BaseModel):
+    """Names of all models."""
+
+    models: list[str]
+
+
+class TensorMetadata(BaseModel):
+    """A tensor's name, data type and shape, -1 for the batch axis."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """What a model takes and gives."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class V2Config(BaseModel):
+    """A model's configuration in Triton's form."""
+
+    name: str
+    platform: str
+    backend: str
+    max_batch_size: int
+    input: list[dict[str, Any]]
+    output: list[dict[str, Any]]
+    dynamic_batching: dict[str, Any]
+
+
+class Duration(BaseModel):
+    """How often, and nanoseconds in all."""
+
+    count: int
+    ns: int
+
+
+class InferenceStatistics(BaseModel):
+    """Where the time of all requests went. `queue` counts waits, `compute_infer` batches, the others requests."""
+
+    success: Duration
+    fail: Duration
+    queue: Duration
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+    cache_hit: Duration
+    cache_miss: Duration
+
+
+class ModelStatistics(BaseModel):
+    """What a version of a model has done since the service began, whichever route and worker it was asked through."""
+
+    name: str
+    version: str
+    last_inference: int = Field(description="Milliseconds since 1970; 0 if there was none.")
+    inference_count: int = Field(description="Items of all requests that were answered.")
+    execution_count: int = Field(description="Batches that ran.")
+    inference_stats: InferenceStatistics
+    batch_stats: list[dict[str, Any]]
+
+
+class StatisticsList(BaseModel):
+    """Statistics of one or all models."""
+
+    model_stats: list[ModelStatistics]
+
+
+class IndexEntry(BaseModel):
+    """One version of a model in the store."""
+
+    name: str
+    version: str
+    state: str = Field(description="READY, LOADING or UNAVAILABLE.")
+    reason: str
+
+
+class InferAnswer(BaseModel):
+    """The outputs that were asked for."""
+
+    model_name: str
+    model_version: str
+    id: str
+    parameters: dict[str, Any] | None = None
+    outputs: list[dict[str, Any]]
+
+
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9]+$"}}
+_FINDING = (errors.InvalidParameter, errors.ModelNotFound, errors.NotReady, errors.ModelUnavailable)
+
+
+def _responses(raises: Iterable[type[errors.ServiceError]]) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI `responses` of a route here, where what is a 422 elsewhere is a 400."""
+    documented = problem_responses(raises)
+    malformed = documented.pop(422, None)
+    if malformed is not None:
+        documented[400]["description"] += ", " + malformed["description"]
+    return documented
+
+
+def _get(
+    path: str, answers: type[BaseModel], summary: str, raises: Iterable[type[errors.ServiceError]] = (), **more: Any
+) -> Callable[[Callable[..., Awaitable[Response]]], Callable[..., Awaitable[Response]]]:
+    """Declares a GET that also answers HEAD, which the document leaves out; with `{name}`, for its versions too."""
+
+    def decorate(endpoint: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+        paths = [path]
+        if path.startswith("/v2/models/{name}"):
+            paths.append(path.replace("{name}", "{name}/versions/{version}"))
+        for each in paths:
+            given = [entry for entry in (_NAME, _VERSION) if f"{{{entry['name']}}}" in each]
+            router.add_api_route(each, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
+            router.add_api_route(
+                each,
+                endpoint,
+                methods=["GET"],
+                response_model=answers,
+                summary=summary + (" of one version" if "{version}" in each else ""),
+                responses={**_responses(raises), **more.get("responses", {})},
+                openapi_extra={"parameters": given} if given else None,
+            )
+        return endpoint
+
+    return decorate
+
+
+@_get("/v2", ServerMetadata, "Server metadata")
+async def server_metadata() -> Response:
+    """Name, version and the protocol's extensions that are spoken here."""
+    return json_response({"name": "hourglass", "version": __version__, "extensions": EXTENSIONS})
+
+
+@_get("/v2/health/live", V2Live, "Live")
+async def live() -> Response:
+    """200 while the process answers at all."""
+    return json_response({"live": True})
+
+
+@_get(
+    "/v2/health/ready",
+    V2Ready,
+    "Ready",
+    responses={503: {"model": Problem, "description": "`not_ready`"}},
+)
+async def ready(request: Request) -> Response:
+    """200 once every required model, and at least one, is served; else 503 with the reasons."""
+    reasons = fleet_of(request).reasons_not_ready()
+    if not reasons:
+        return json_response({"ready": True, "live": True})
+    body = problem_body(
+        "not ready: " + "; ".join(reasons), "not_ready", request.scope["request_id"], ready=False, live=True
+    )
+    return Response(body, status_code=503, media_type="application/json", headers={"Retry-After": "1"})
+
+
+@_get("/v2/models", V2Models, "Names of all models")
+async def list_names(request: Request) -> Response:
+    """The name of every model of the store."""
+    return json_response({"models": sorted({name for name, _ in fleet_of(request).versions()})})
+
+
+@_get("/v2/models/stats", StatisticsList, "Statistics of all models")
+async def statistics(request: Request) -> Response:
+    """What every served version has done since the service began, over all workers."""
+    counts = metrics_of(request).model_counts()
+    ready = [key for key, found in sorted(fleet_of(request).versions().items()) if found.state == "ready"]
+    return json_response({"model_stats": [_statistics(*key, counts.get(key, ModelCounts())) for key in ready]})
+
+
+@_get("/v2/models/{name}/stats", StatisticsList, "Statistics of a model", _FINDING)
+async def model_statistics(request: Request) -> Response:
+    """What the model's versions have done since the service began, over all workers."""
+    served = _find(request)
+    key = (served.manifest.name, served.manifest.version)
+    counts = metrics_of(request).model_counts()
+    keys = [key]
+    if "version" not in request.path_params:
+        states = sorted(fleet_of(request).versions().items())
+        keys = [other for other, found in states if other[0] == key[0] and found.state == "ready"] or keys
+    return json_response({"model_stats": [_statistics(*each, counts.get(each, ModelCounts())) for each in keys]})
+
+
+@_get("/v2/models/{name}", ModelMetadata, "A model's metadata", _FINDING)
+async def model_metadata(request: Request) -> Response:
+    """Names, data types and shapes of what the model takes and gives; all inputs but `input` are optional."""
+    manifest = _find(request).manifest
+    versions = [str(number) for name, number in sorted(fleet_of(request).versions()) if name == manifest.name]
+
+    def tensors(entries: Iterable[TensorEntry]) -> list[dict[str, Any]]:
+        return [{"name": e.name, "datatype": e.datatype, "shape": [-1, *e.shape]} for e in entries]
+
+    return json_response(
+        {
+            "name": manifest.name,
+            "versions": versions,
+            "platform": PLATFORM,
+            "inputs": tensors(inputs_of(manifest)),
+            "outputs": tensors(outputs_of(manifest)),
+        }
+    )
+
+
+@_get("/v2/models/{name}/ready", V2ModelReady, "A model is ready", _FINDING)
+async def model_ready(request: Request) -> Response:
+    """200 if requests for the model will be answered, else the reason why not."""
+    return json_response({"name": _find(request).manifest.name, "ready": True})
+
+
+@_get("/v2/models/{name}/config", V2Config, "A model's configuration", _FINDING)
+async def model_config(request: Request) -> Response:
+    """The model's configuration in Triton's form, for clients that plan by it."""
+    manifest = _find(request).manifest
+
+    def tensors(entries: Iterable[TensorEntry]) -> list[dict[str, Any]]:
+        return [{"name": e.name, "data_type": _TYPES_IN_CONFIG[e.datatype], "dims": list(e.shape)} for e in entries]
+
+    inputs = tensors(inputs_of(manifest))
+    for optional in inputs[1:]:
+        optional["optional"] = True
+    return json_response(
+        {
+            "name": manifest.name,
+            "platform": PLATFORM,
+            "backend": BACKEND,
+            "max_batch_size": manifest.max_batch_size,
+            "input": inputs,
+            "output": tensors(outputs_of(manifest)),
+            "dynamic_batching": {},
+        }
+    )
+
+
+_INDEX_BODY = {
+    "required": False,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"ready": {"type": "boolean", "description": "`true`: only what is ready."}},
+            }
+        }
+    },
+}
+
+
+@router.post(
+    "/v2/repository/index",
+    response_model=list[IndexEntry],
+    summary="The model repository",
+    responses=_responses([errors.InvalidInput, errors.MalformedPayload, errors.PayloadTooLarge]),
+    openapi_extra={"requestBody": _INDEX_BODY},
+)
+async def repository_index(request: Request) -> Response:
+    """Every version of every model, its state and the reason for it."""
+    settings = settings_of(request)
+    headers = headers_of(request.scope)
+    terms = read_terms(request.scope, headers, settings)
+    body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
+    document = parse_json(body.data) if body.data.strip() else {}
+    if not isinstance(document, dict) or not isinstance(document.get("ready", False), bool):
+        raise errors.InvalidInput('body: expected an object such as {"ready": true}')
+    versions = [found for _, found in sorted(fleet_of(request).versions().items())]
+    if document.get("ready"):
+        versions = [found for found in versions if found.state == "ready"]
+    return json_response([_index_entry(found) for found in versions])
+
+
+def _index_entry(found: VersionState) -> dict[str, Any]:
+    state = {"ready": "READY", "loading": "LOADING"}.get(found.state, "UNAVAILABLE")
+    return {"name": found.name, "version": str(found.version), "state": state, "reason": found.reason or ""}
+
+
+def _statistics(name: str, version: int, counts: ModelCounts) -> dict[str, Any]:
+    def duration(count: int, seconds: float) -> dict[str, int]:
+        return {"count": count, "ns": round(seconds * 1e9)}
+
+    return {
+        "name": name,
+        "version": str(version),
+        "last_inference": round(counts.last_answered_at * 1000),
+        "inference_count": counts.items,
+        "execution_count": counts.batches,
+        "inference_stats": {
+            "success": duration(counts.answered, counts.answered_s),
+            "fail": duration(counts.failed, counts.failed_s),
+            "queue": duration(counts.waits, counts.queue_s),
+            "compute_input": duration(counts.answered, counts.decode_s),
+            "compute_infer": duration(counts.batches, counts.run_s),
+            "compute_output": duration(counts.answered, counts.encode_s),
+            "cache_hit": duration(0, 0),
+            "cache_miss": duration(0, 0),
+        },
+        "batch_stats": [],
+    }
+
+
+_TENSORS_IN = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["name", "shape", "datatype"],
+        "properties": {
+            "name": {"type": "string", "enum": [_INPUT, _MASK, _LATENT]},
+            "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+            "datatype": {"type": "string", "enum": ["FP32", "UINT8", "BOOL"]},
+            "parameters": {"type": "object", "properties": {"binary_data_size": {"type": "integer", "minimum": 0}}},
+            "data": {"type": "array", "items": {}, "description": "Flat in row-major order, or nested."},
+        },
+    },
+}
+_INFER_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["inputs"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "parameters": {
+                        "type": "object",
+                        "description": "`timeout` in microseconds, `priority` (1 is the highest), `target_fpr`, "
+                        "`seed`, `count`, `temperature`, `label`, `binary_data_output`.",
+                    },
+                    "inputs": _TENSORS_IN,
+                    "outputs": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+                        },
+                    },
+                },
+            },
+        },
+        "application/octet-stream": {
+            "schema": {
+                "type": "string",
+                "format": "binary",
+                "description": f"The JSON, as long as the header {HEADER_LENGTH} says, then the tensors whose "
+                "`binary_data_size` it gives. Length 0: the bytes of one `input` alone.",
+            }
+        },
+    },
+}
+
+for _path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
+    router.add_api_route(
+        _path,
+        infer,
+        methods=["POST"],
+        summary="Infer" + (" with one version" if "{version}" in _path else ""),
+        response_model=InferAnswer,
+        responses={
+            200: {
+                "description": f"The outputs; binary ones behind the JSON, whose length {HEADER_LENGTH} gives.",
+                "headers": {
+                    HEADER_LENGTH: {"schema": {"type": "string"}},
+                    "X-Model": {"schema": {"type": "string"}},
+                    "X-Request-Id": {"schema": {"type": "string"}},
+                    "Server-Timing": {"schema": {"type": "string"}},
+                },
+                "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+            },
+            **_responses(error for error in COMMON_ERRORS if error not in (errors.NotAcceptable, errors.NoModels)),
+        },
+        openapi_extra={
+            "parameters": [entry for entry in (_NAME, _VERSION) if f"{{{entry['name']}}}" in _path],
+            "requestBody": _INFER_BODY,
+        },
+        route_class_override=RawRoute,
+    )
