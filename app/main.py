@@ -26,7 +26,7 @@ from app.fleet import Fleet, Member, Snapshot, VersionState
 from app.health import Health
 from app.inference.loaded_model import select_devices
 from app.observability.metrics import Metrics
-from app.protocols import open_inference
+from app.protocols import bulk, open_inference
 from app.settings import Settings
 
 
@@ -95,11 +95,11 @@ def create_app(settings: Settings, member: Member | None = None, end: Callable[[
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.drain = drain
-    for router in (*ROUTERS, models.router, health.router, open_inference.router):
+    for router in (*ROUTERS, models.router, health.router, open_inference.router, bulk.router):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
-    hot = {path: handler for router in ROUTERS for path, handler in router.hot.items()}
+    hot = {path: handler for router in ROUTERS for path, handler in router.hot.items()} | bulk.HOT
     app.add_middleware(
         Envelope, hot=hot, hot_patterns=(open_inference.HOT_PATTERN,), metrics=metrics, keys=keys, drain=drain
     )

@@ -39,6 +39,11 @@ class Settings(BaseSettings):
         256 * 1024 * 1024, ge=1, description="Most bytes of input that may wait; beyond it requests get a 429."
     )
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes, decompressed.")
+    max_spool_bytes: int = Field(
+        1024 * 1024 * 1024,
+        ge=1,
+        description="Most disk that one bulk request may take: unread answers, or the zip that it sends.",
+    )
     max_image_pixels: int = Field(40_000_000, ge=1, description="Largest uploaded picture, in pixels.")
     request_timeout_ms: int = Field(
         30_000, ge=1, le=600_000, description="A request's time, queue included, unless it sets X-Request-Timeout-Ms."

@@ -64,6 +64,7 @@ def test_the_readme_has_a_request_for_every_route() -> None:
     unable = {f"/{capability.replace('_', '-')}" for capability in Capability} - able
     if not any(manifest.projection for manifest in manifests):
         unable.add("/models/{name}/projection")
+    unable |= {f"/bulk{path}" for path in unable}
     admin = {path for path in document["paths"] if needed_scope(path) is Scope.ADMIN}  # they need a key
     assert not [path for path in admin if path.rsplit("/", 1)[1] not in README]
     for path in document["paths"].keys() - unable - admin:

@@ -81,10 +81,8 @@ class Envelope:
 
         path: str = scope["path"]
         handler = self._hot.get(path) if scope["method"] == "POST" else None
-        if handler is None and scope["method"] == "POST":
-            for pattern in self._hot_patterns:
-                if found := pattern.expression.fullmatch(path):
-                    handler, path, scope["path_params"] = pattern.handler, pattern.route, found.groupdict()
+        if handler is None and scope["method"] == "POST" and (match := self._match(path)):
+            handler, path, scope["path_params"] = match
         try:
             if handler is None:
                 if (refusal := self._refusal(scope, path)) is None:
@@ -113,6 +111,13 @@ class Envelope:
             await send_with_id({"type": "http.response.body", "body": body})
         finally:
             self._metrics.observe_request(scope["method"], path, status, time.perf_counter() - started)
+
+    def _match(self, path: str) -> tuple[Handler, str, dict[str, str | None]] | None:
+        """Handler, route and parameters of the hot pattern that the path follows."""
+        for pattern in self._hot_patterns:
+            if found := pattern.expression.fullmatch(path):
+                return pattern.handler, pattern.route, found.groupdict()
+        return None
 
     def _refusal(self, scope: Scope, path: str) -> ServiceError | None:
         """Why a request that has no handler of its own is not even routed."""

@@ -41,7 +41,7 @@ from app.api.dependencies import (
 )
 from app.api.errors import problem_responses
 from app.api.responses import json_response
-from app.artifacts.manifest import Capability
+from app.artifacts.manifest import Capability, InputSpec
 from app.codecs.bodies import Body
 from app.codecs.images import encode_png
 from app.codecs.items import Items, Limits, bring_to_input, read_items
@@ -51,12 +51,12 @@ JSON, PNG, NPY = "application/json", "image/png", "application/x-npy"
 HTML = "text/html"  # what a browser asks for; it gets JSON, pictures too being among what it accepts
 
 # Below these, decoding costs less than handing it to another thread.
-_INLINE_BYTES = 128 * 1024
-_INLINE_PIXELS = 256 * 256
+INLINE_BYTES = 128 * 1024
+INLINE_PIXELS = 256 * 256
 _WATCH_AFTER_S = 0.01
 # A large picture takes a core and hundreds of megabytes while it is decoded: no more of them at once than there are
 # cores, and never as many as threads could be had.
-_DECODERS = anyio.CapacityLimiter(min(os.cpu_count() or 1, 8))
+DECODERS = anyio.CapacityLimiter(min(os.cpu_count() or 1, 8))
 
 COMMON_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.InvalidInput,
@@ -130,6 +130,19 @@ class Content:
     limits: Limits
 
 
+@dataclass(frozen=True)
+class ItemsRoute:
+    """A declared route that takes items, for other protocols that ask the same of it."""
+
+    path: str
+    capability: Capability
+    answers: type[BaseModel]
+    query: type[ModelQuery]
+    endpoint: Callable[[Items, Model, Any], Awaitable[Results]]
+    masked: bool
+    summary: str
+
+
 QueryT = TypeVar("QueryT", bound=ModelQuery)
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -146,12 +159,14 @@ class RawRoute(APIRoute):
 class InferenceRouter(APIRouter):
     """Registers inference endpoints; see `items` and `body`.
 
-    `hot` has each endpoint's handler by its path, for whoever wants to skip the routing that leads to it.
+    `hot` has each endpoint's handler by its path, for whoever wants to skip the routing that leads to it; `item_routes`
+    has what answers each item by itself.
     """
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**more)
         self.hot: dict[str, Handler] = {}
+        self.item_routes: list[ItemsRoute] = []
 
     def items(
         self,
@@ -163,11 +178,13 @@ class InferenceRouter(APIRouter):
         also: tuple[Capability, ...] = (),
         masked: bool = False,
         shows_pictures: bool = True,
+        by_item: bool = True,
     ) -> Callable[[Callable[[Items, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
         """Declares `endpoint(items, model, query)` at POST `path`: items in, one `answers` per item out.
 
         `also` names what the model must be able to do besides; `masked` wants masks beside the items;
-        `shows_pictures` says whether there is something to show as a PNG.
+        `shows_pictures` says whether there is something to show as a PNG; `by_item` whether each item is answered by
+        itself, so that streams of them can be.
         """
 
         async def read(body: Body, model: Model, query: QueryT, request: Request) -> Items:
@@ -175,19 +192,19 @@ class InferenceRouter(APIRouter):
             spec = model.manifest.input
             if query_invert(query) is not None and spec.range is None:
                 raise errors.InvalidParameter("invert: this model takes records, which have no dark and light")
-            if len(body.data) <= _INLINE_BYTES:
+            if len(body.data) <= INLINE_BYTES:
                 found = read_items(body, spec, limits, masked=masked)
             else:
                 found = await anyio.to_thread.run_sync(
-                    lambda: read_items(body, spec, limits, masked=masked), limiter=_DECODERS
+                    lambda: read_items(body, spec, limits, masked=masked), limiter=DECODERS
                 )
-            if found.pixels <= _INLINE_PIXELS:
+            if found.pixels <= INLINE_PIXELS:
                 return bring_to_input(found, spec, invert=query_invert(query))
             return await anyio.to_thread.run_sync(
-                lambda: bring_to_input(found, spec, invert=query_invert(query)), limiter=_DECODERS
+                lambda: bring_to_input(found, spec, invert=query_invert(query)), limiter=DECODERS
             )
 
-        return self._declare(
+        declare = self._declare(
             path,
             capability=capability,
             answers=answers,
@@ -199,6 +216,16 @@ class InferenceRouter(APIRouter):
             body_required=True,
             raises=(*COMMON_ERRORS, errors.ImageNotDecodable),
         )
+
+        def decorate(
+            endpoint: Callable[[Items, Model, QueryT], Awaitable[Results]],
+        ) -> Callable[..., Awaitable[Results]]:
+            if by_item:
+                summary = summary_of(endpoint)
+                self.item_routes.append(ItemsRoute(path, capability, answers, query, endpoint, masked, summary))
+            return declare(endpoint)
+
+        return decorate
 
     def body(
         self,
@@ -282,11 +309,11 @@ class InferenceRouter(APIRouter):
                 path,
                 handle,
                 methods=["POST"],
-                summary=(endpoint.__doc__ or "").strip().splitlines()[0].rstrip("."),
+                summary=summary_of(endpoint),
                 response_model=_answer_model(answers, beside or {}),
                 responses={200: _other_answers(shows_pictures), **problem_responses(raises)},
                 openapi_extra={
-                    "parameters": [*_query_parameters(query), *_HEADER_PARAMETERS],
+                    "parameters": [*query_parameters(query), *HEADER_PARAMETERS],
                     "requestBody": {"required": body_required, "content": request_body},
                 },
                 route_class_override=RawRoute,
@@ -294,6 +321,11 @@ class InferenceRouter(APIRouter):
             return endpoint
 
         return decorate
+
+
+def summary_of(endpoint: Callable[..., Any]) -> str:
+    """The first line of an endpoint's docstring."""
+    return (endpoint.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
 
 @contextmanager
@@ -357,20 +389,27 @@ def parse_query(query: type[QueryT], query_string: bytes) -> QueryT:
 def encode_results(results: Results, model: Model, media_type: str, *, as_png: bool, ids: list[Any] | None) -> Response:
     """The answer in that media type, which must be one that the results have."""
     spec = model.manifest.input
-    columns = results.columns
     if media_type == NPY:
         return Response(encode_npy(results.main), media_type=NPY)
-    if results.pictures is not None and spec.range is not None and (media_type == PNG or as_png):
+    if results.pictures is not None and spec.range is not None and media_type == PNG:
+        return Response(encode_png(np.asarray(results.columns[results.pictures]), spec.range), media_type=PNG)
+    rows = result_rows(results, spec, as_png=as_png, ids=ids)
+    answer = {"model": model.manifest.name, "version": model.manifest.version, **results.beside, "results": rows}
+    return json_response(answer)
+
+
+def result_rows(
+    results: Results, spec: InputSpec, *, as_png: bool, ids: list[Any] | None = None
+) -> list[dict[str, Any]]:
+    """One object per item; with `as_png` pictures are base64 PNG files in it."""
+    columns = results.columns
+    if as_png and results.pictures is not None and spec.range is not None:
         arrays = np.asarray(columns[results.pictures])
-        if media_type == PNG:
-            return Response(encode_png(arrays, spec.range), media_type=PNG)
         pictures = [base64.b64encode(encode_png(array[np.newaxis], spec.range)).decode() for array in arrays]
         columns = {**columns, results.pictures: pictures}
     if ids is not None:
         columns = {"id": ids, **columns}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    answer = {"model": model.manifest.name, "version": model.manifest.version, **results.beside, "results": rows}
-    return json_response(answer)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _limits(request: Request) -> Limits:
@@ -390,7 +429,7 @@ def _answer_model(answers: type[BaseModel], beside: dict[str, Any]) -> type[Base
     )
 
 
-def _query_parameters(query: type[ModelQuery]) -> list[dict[str, Any]]:
+def query_parameters(query: type[ModelQuery]) -> list[dict[str, Any]]:
     """The OpenAPI parameters of a query model."""
     properties = query.model_json_schema()["properties"]
     parameters = []
@@ -403,7 +442,7 @@ def _query_parameters(query: type[ModelQuery]) -> list[dict[str, Any]]:
     return parameters
 
 
-_HEADER_PARAMETERS: list[dict[str, Any]] = [
+HEADER_PARAMETERS: list[dict[str, Any]] = [
     {
         "name": "X-Request-Timeout-Ms",
         "in": "header",

@@ -37,6 +37,7 @@ class Interpolated(BaseModel):
     also=(Capability.DECODE,),
     answers=Interpolated,
     query=InterpolateQuery,
+    by_item=False,
 )
 async def interpolate(items: Items, model: Model, query: InterpolateQuery) -> Results:
     """Walk from the first item to the second through the latent space, ends included."""

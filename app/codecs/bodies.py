@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
 from typing import Any
@@ -14,6 +15,7 @@ import orjson
 from app.errors import InvalidInput, MalformedPayload, PayloadTooLarge, UnsupportedMediaType
 
 _JSON_TYPES = ("", "application/json", "text/json")
+_PIECE_BYTES = 64 * 1024
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
@@ -90,6 +92,46 @@ def parse_json(data: bytes) -> Any:
 def _parse_int(digits: str) -> int | float:
     # Python refuses to convert thousands of digits; as a number it is too large for any float.
     return int(digits) if len(digits) < 400 else math.inf
+
+
+class Inflater:
+    """A body without its Content-Encoding as it arrives, in pieces of bounded size.
+
+    Raises UnsupportedMediaType for an encoding other than one of gzip and deflate, or identity.
+    """
+
+    def __init__(self, encoding: str) -> None:
+        names = [
+            name for name in (part.strip().lower() for part in encoding.split(",")) if name not in ("", "identity")
+        ]
+        if len(names) > 1 or (names and names[0] not in _WINDOW_BITS):
+            raise UnsupportedMediaType(f"content-encoding: expected gzip or deflate, found {encoding!r}")
+        self._name = names[0] if names else ""
+        self._inflater = zlib.decompressobj(_WINDOW_BITS[self._name]) if names else None
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The plain bytes of these. Raises MalformedPayload."""
+        if self._inflater is None:
+            if data:
+                yield data
+            return
+        while data:
+            try:
+                plain = self._inflater.decompress(data, _PIECE_BYTES)
+            except zlib.error as error:
+                raise MalformedPayload(f"body: not {self._name}: {error}") from error
+            if self._inflater.unused_data:
+                raise MalformedPayload(f"body: {self._name} data is followed by other bytes")
+            if plain:
+                yield plain
+            data = self._inflater.unconsumed_tail
+            if len(plain) < _PIECE_BYTES and not data:
+                return
+
+    def end(self) -> None:
+        """Called when there are no more bytes. Raises MalformedPayload if some are missing."""
+        if self._inflater is not None and not self._inflater.eof:
+            raise MalformedPayload(f"body: {self._name} data is truncated")
 
 
 def _inflate(data: bytes, name: str, max_bytes: int) -> bytes:

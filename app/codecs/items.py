@@ -33,6 +33,9 @@ from app.errors import (
     UnsupportedMediaType,
 )
 
+Entry = NDArray[np.float32] | Image.Image
+"""One item whose form is right: numbers in the item's shape, or a picture that is not decoded yet."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -46,9 +49,9 @@ class Limits:
 class ReadItems:
     """Items whose form is right: float32 arrays in the item's shape, or pictures that are not decoded yet."""
 
-    entries: Sequence[NDArray[np.float32] | Image.Image]
+    entries: Sequence[Entry]
     ids: list[Any] | None = None
-    masks: Sequence[NDArray[np.float32] | Image.Image] = ()
+    masks: Sequence[Entry] = ()
 
     @property
     def pixels(self) -> int:
@@ -113,24 +116,13 @@ def bring_to_input(read: ReadItems, spec: InputSpec, *, invert: bool | None) -> 
 
     Raises ImageNotDecodable, naming the item's index.
     """
-    low, high = spec.range or (0.0, 0.0)
     values = np.empty((len(read.entries), *spec.shape), dtype=np.float32)
     for index, entry in enumerate(read.entries):
-        if isinstance(entry, Image.Image):
-            try:
-                values[index] = picture_to_input(entry, spec, invert=invert)
-            except ImageNotDecodable as error:
-                raise ImageNotDecodable(f"item {index}: {error}") from error
-            finally:
-                entry.close()  # thousands of small files may be gigabytes of pixels
-        elif invert:
-            values[index] = np.float32(low + high) - entry
-        else:
-            values[index] = entry
+        values[index] = entry_to_input(entry, index, spec, invert=invert)
     if not read.masks:
         return Items(values, read.ids)
     masks = np.empty((len(read.entries), *spec.mask_shape), dtype=np.float32)  # one that is read may do for all
-    masks[:] = np.stack([_mask_to_input(mask, index, spec) for index, mask in enumerate(read.masks)])
+    masks[:] = np.stack([mask_entry_to_input(mask, index, spec) for index, mask in enumerate(read.masks)])
     return Items(values, read.ids, masks)
 
 
@@ -172,7 +164,53 @@ def ids_from_json(document: dict[str, Any], count: int) -> list[Any] | None:
     return ids
 
 
-def _mask_to_input(mask: NDArray[np.float32] | Image.Image, index: int, spec: InputSpec) -> NDArray[np.float32]:
+def entry_to_input(entry: Entry, index: int, spec: InputSpec, *, invert: bool | None) -> NDArray[np.float32]:
+    """One item as the model takes it; see `bring_to_input`. Raises ImageNotDecodable, naming the item's index."""
+    if isinstance(entry, Image.Image):
+        try:
+            return picture_to_input(entry, spec, invert=invert)
+        except ImageNotDecodable as error:
+            raise ImageNotDecodable(f"item {index}: {error}") from error
+        finally:
+            entry.close()  # thousands of small files may be gigabytes of pixels
+    if invert:
+        low, high = spec.range or (0.0, 0.0)
+        return np.asarray(np.float32(low + high) - entry, dtype=np.float32)
+    return entry
+
+
+def entry_from_json(instance: object, index: int, spec: InputSpec, limits: Limits) -> Entry:
+    """One JSON instance, its form and numbers checked.
+
+    Raises MalformedPayload, ImageNotDecodable, PayloadTooLarge, and InvalidInput or ShapeMismatch, naming the index.
+    """
+    entry = _entry_from_json(instance, index, spec, limits)
+    if not isinstance(entry, Image.Image):
+        _check_row(entry, index, spec)
+    return entry
+
+
+def entry_from_file(data: bytes, index: int, spec: InputSpec, limits: Limits) -> Entry:
+    """One picture file. Raises InvalidInput, ImageNotDecodable or PayloadTooLarge, naming the index."""
+    return _open(data, index, spec, limits)
+
+
+def entry_from_numbers(row: NDArray[Any], index: int, spec: InputSpec) -> Entry:
+    """One array in the item's shape, uint8 of a picture or floats. Raises InvalidInput, naming the index."""
+    try:
+        rows = _npy_to_range(row[np.newaxis], spec)
+    except InvalidInput as error:
+        raise InvalidInput(str(error).replace("item 0", f"item {index}", 1)) from error
+    return np.asarray(rows[0], dtype=np.float32)
+
+
+def mask_from_json(mask: object, index: int, spec: InputSpec, limits: Limits) -> Entry:
+    """One mask beside an instance. Raises as `entry_from_json` does."""
+    return _mask_from_json(mask, index, spec.mask_shape[1:] or spec.mask_shape, spec, limits)
+
+
+def mask_entry_to_input(mask: Entry, index: int, spec: InputSpec) -> NDArray[np.float32]:
+    """One mask as the model takes it. Raises ImageNotDecodable, naming its index."""
     if not isinstance(mask, Image.Image):
         return mask
     try:
@@ -227,9 +265,7 @@ def _read_json(data: bytes, spec: InputSpec, limits: Limits, *, masked: bool) ->
     return ReadItems(entries, ids_from_json(document, len(entries)), masks)
 
 
-def _masks_from_json(
-    document: dict[str, Any], items: int, spec: InputSpec, limits: Limits
-) -> list[NDArray[np.float32] | Image.Image]:
+def _masks_from_json(document: dict[str, Any], items: int, spec: InputSpec, limits: Limits) -> list[Entry]:
     if "masks" not in document:
         raise InvalidInput("masks: missing; expected a list of masks, 1 = missing, one for all items or one for each")
     masks = _list(document["masks"], "masks", limits)
@@ -240,9 +276,7 @@ def _masks_from_json(
     return [_mask_from_json(mask, index, shape, spec, limits) for index, mask in enumerate(masks)]
 
 
-def _mask_from_json(
-    mask: object, index: int, shape: tuple[int, ...], spec: InputSpec, limits: Limits
-) -> NDArray[np.float32] | Image.Image:
+def _mask_from_json(mask: object, index: int, shape: tuple[int, ...], spec: InputSpec, limits: Limits) -> Entry:
     if isinstance(mask, dict):
         return _open(_file_from_json(mask, f"mask {index}"), index, spec, limits, what="mask")
     try:
@@ -284,9 +318,7 @@ def _check_count(count: int, limits: Limits) -> None:
         raise PayloadTooLarge(f"items: expected at most {limits.max_rows}, found {count}")
 
 
-def _entry_from_json(
-    instance: object, index: int, spec: InputSpec, limits: Limits
-) -> NDArray[np.float32] | Image.Image:
+def _entry_from_json(instance: object, index: int, spec: InputSpec, limits: Limits) -> Entry:
     if isinstance(instance, dict):
         if spec.features is not None:
             return _record_from_json(instance, index, spec.features)

@@ -1,4 +1,4 @@
-"""multipart/form-data that is already in memory, as its parts; nothing is spooled to disk."""
+"""multipart/form-data as its parts, whole or as it arrives; nothing is spooled to disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
 from app.codecs.bodies import Body
-from app.errors import InvalidInput, MalformedPayload, PayloadTooLarge
+from app.errors import InvalidInput, MalformedPayload, PayloadTooLarge, ServiceError
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks  # exists for type checkers alone
@@ -31,34 +31,67 @@ def parse_multipart(body: Body, max_parts: int) -> list[Part]:
     Raises MalformedPayload for bytes that are no complete form, InvalidInput for a part that is no file, and
     PayloadTooLarge for more than `max_parts`.
     """
-    boundary = body.parameters.get("boundary")
-    if not boundary:
-        raise MalformedPayload("multipart: the content-type names no boundary")
-    reader = _PartReader(max_parts)
-    try:
-        parser = MultipartParser(boundary.encode("latin-1"), reader.callbacks())
-        parser.write(body.data)
-        parser.finalize()
-    except (FormParserError, UnicodeEncodeError) as error:
-        raise MalformedPayload(f"multipart: {error}") from error
-    if not reader.ended:
-        raise MalformedPayload("multipart: the closing boundary is missing")
-    return reader.parts
+    reader = MultipartReader(body.parameters, max_parts)
+    parts = reader.feed(body.data)
+    reader.end()
+    for part in parts:
+        if isinstance(part, ServiceError):
+            raise part
+    return [part for part in parts if isinstance(part, Part)]
 
 
-class _PartReader:
-    """Collects what the parser calls back with, as slices of the one body that it parses."""
+class MultipartReader:
+    """The parts of a form as they arrive.
 
-    def __init__(self, max_parts: int) -> None:
-        self.parts: list[Part] = []
-        self.ended = False
+    Args:
+        parameters: the content-type's; `boundary` is needed.
+        max_parts: most parts; None for any number.
+        max_part_bytes: most bytes of one part; None for any number.
+    """
+
+    def __init__(
+        self, parameters: dict[str, str], max_parts: int | None = None, max_part_bytes: int | None = None
+    ) -> None:
+        boundary = parameters.get("boundary")
+        if not boundary:
+            raise MalformedPayload("multipart: the content-type names no boundary")
+        self._done: list[Part | ServiceError] = []
+        self._count = 0
+        self._ended = False
         self._max_parts = max_parts
+        self._max_part_bytes = max_part_bytes
+        self._size = 0
         self._headers: dict[str, str] = {}
         self._name = b""
         self._value = b""
         self._chunks: list[bytes] = []
+        try:
+            self._parser = MultipartParser(boundary.encode("latin-1"), self._callbacks())
+        except (FormParserError, UnicodeEncodeError) as error:
+            raise MalformedPayload(f"multipart: {error}") from error
 
-    def callbacks(self) -> MultipartCallbacks:
+    def feed(self, data: bytes) -> list[Part | ServiceError]:
+        """The parts that end in these bytes; an error in place of one that is no file, or too large.
+
+        Raises MalformedPayload for bytes that are no form, and PayloadTooLarge for too many parts.
+        """
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise MalformedPayload(f"multipart: {error}") from error
+        done, self._done = self._done, []
+        return done
+
+    def end(self) -> None:
+        """Called when there are no more bytes. Raises MalformedPayload if the form is not complete."""
+        try:
+            self._parser.finalize()
+        except FormParserError as error:
+            raise MalformedPayload(f"multipart: {error}") from error
+        if not self._ended:
+            raise MalformedPayload("multipart: the closing boundary is missing")
+
+    def _callbacks(self) -> MultipartCallbacks:
         return {
             "on_part_begin": self._begin,
             "on_header_field": self._header_field,
@@ -70,10 +103,12 @@ class _PartReader:
         }
 
     def _begin(self) -> None:
-        if len(self.parts) >= self._max_parts:
+        self._count += 1
+        if self._max_parts is not None and self._count > self._max_parts:
             raise PayloadTooLarge(f"items: expected at most {self._max_parts}, found more")
         self._headers = {}
         self._chunks = []
+        self._size = 0
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._name += data[start:end]
@@ -86,7 +121,11 @@ class _PartReader:
         self._name = self._value = b""
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
-        self._chunks.append(data[start:end])
+        self._size += end - start
+        if self._max_part_bytes is None or self._size <= self._max_part_bytes:
+            self._chunks.append(data[start:end])
+        else:
+            self._chunks = []
 
     def _part_end(self) -> None:
         message = Message()
@@ -94,8 +133,16 @@ class _PartReader:
         field = message.get_param("name", "", header="content-disposition")
         file_name = message.get_filename()
         if file_name is None and not self._headers.get("content-type", "").startswith("image/"):
-            raise InvalidInput(f"multipart: expected picture files, found the field {field!r} without a file name")
-        self.parts.append(Part(str(field), file_name or "", b"".join(self._chunks)))
+            self._done.append(
+                InvalidInput(f"multipart: expected picture files, found the field {field!r} without a file name")
+            )
+        elif self._max_part_bytes is not None and self._size > self._max_part_bytes:
+            self._done.append(
+                PayloadTooLarge(f"multipart: expected at most {self._max_part_bytes} bytes a part, found {self._size}")
+            )
+        else:
+            self._done.append(Part(str(field), file_name or "", b"".join(self._chunks)))
+        self._chunks = []
 
     def _end(self) -> None:
-        self.ended = True
+        self._ended = True

@@ -29,6 +29,7 @@ from app.api.dependencies import (
     Model,
     Terms,
     catalog_of,
+    control_of,
     fleet_of,
     headers_of,
     metrics_of,
@@ -698,6 +699,86 @@ async def repository_index(request: Request) -> Response:
     if document.get("ready"):
         versions = [found for found in versions if found.state == "ready"]
     return json_response([_index_entry(found) for found in versions])
+
+
+_CONTROL_BODY = {
+    "required": False,
+    "content": {
+        "application/json": {"schema": {"type": "object", "properties": {"parameters": {"type": "object"}}}},
+    },
+}
+_CONTROL_ERRORS = _responses(
+    [
+        *_FINDING,
+        errors.InvalidInput,
+        errors.MalformedPayload,
+        errors.PayloadTooLarge,
+        errors.Unauthorized,
+        errors.Forbidden,
+        errors.AdminDisabled,
+        errors.Draining,
+        errors.DeadlineExceeded,
+    ]
+)
+
+
+class Loaded(BaseModel):
+    """The model is loaded."""
+
+    name: str
+    load: bool
+
+
+class Unloaded(BaseModel):
+    """The model is unloaded."""
+
+    name: str
+    unload: bool
+
+
+async def _control_body(request: Request, known: Sequence[str]) -> None:
+    """Reads a body that may hold the known parameters. Raises InvalidInput, InvalidParameter and MalformedPayload."""
+    settings, headers = settings_of(request), headers_of(request.scope)
+    terms = read_terms(request.scope, headers, settings)
+    body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
+    document = parse_json(body.data) if body.data.strip() else {}
+    parameters = document.get("parameters", {}) if isinstance(document, dict) else None
+    if not isinstance(parameters, dict):
+        raise errors.InvalidInput('body: expected an object such as {"parameters": {}}')
+    if unknown := parameters.keys() - set(known):
+        raise errors.InvalidParameter(
+            f"parameters: {min(unknown)!r}: a model is what its artifact in the store says; it cannot be sent along"
+        )
+
+
+@router.post(
+    "/v2/repository/models/{name}/load",
+    response_model=Loaded,
+    summary="Load a model of the repository",
+    responses=_CONTROL_ERRORS,
+    openapi_extra={"parameters": [_NAME], "requestBody": _CONTROL_BODY},
+)
+async def repository_load(request: Request) -> Response:
+    """As `POST /models/{name}/load`."""
+    await _control_body(request, ())
+    name = request.path_params["name"]
+    await control_of(request).load(name, None)
+    return json_response({"name": name, "load": True})
+
+
+@router.post(
+    "/v2/repository/models/{name}/unload",
+    response_model=Unloaded,
+    summary="Unload a model of the repository",
+    responses=_CONTROL_ERRORS,
+    openapi_extra={"parameters": [_NAME], "requestBody": _CONTROL_BODY},
+)
+async def repository_unload(request: Request) -> Response:
+    """As `POST /models/{name}/unload`."""
+    await _control_body(request, ("unload_dependents",))
+    name = request.path_params["name"]
+    await control_of(request).unload(name, None)
+    return json_response({"name": name, "unload": True})
 
 
 def _index_entry(found: VersionState) -> dict[str, Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
 import json
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,6 +17,8 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.http import aio as triton_aio
 from tritonclient.utils import InferenceServerException
+
+from app.settings import Settings
 
 if TYPE_CHECKING:
     from conftest import Service
@@ -410,3 +415,42 @@ def test_health_and_names(service: Service) -> None:
     assert client.post("/v2/models/tiny:1/infer", content=LATENT_JSON).status_code == 404
     assert client.post("/v2/repository/index", json={"ready": 5}).status_code == 400
     assert len(client.post("/v2/repository/index", json={"ready": True}).json()) == 3
+
+
+def test_triton_client_controls_models(
+    tmp_path: Path,
+    run_app: Callable[..., AbstractContextManager[Service]],
+    write_artifact_named: Callable[..., object],
+) -> None:
+    """Who has a key for it loads and unloads by Triton's client; others are told why they cannot."""
+    write_artifact_named(tmp_path / "store", "tiny")
+    keys = tmp_path / "keys"
+    keys.write_text(f"me admin,infer sha256:{hashlib.sha256(b'secret').hexdigest()}\n")
+    key = {"authorization": "Bearer secret"}
+    with run_app(Settings(models_store=tmp_path / "store", log_format="json", api_keys_file=keys)) as service:
+        client = triton.InferenceServerClient("{}:{}".format(*service.address))
+        with pytest.raises(InferenceServerException, match="expected Bearer and a key"):
+            client.unload_model("tiny")
+        client.unload_model("tiny", headers=key)
+        assert not client.is_model_ready("tiny", headers=key)
+        assert client.get_model_repository_index(headers=key)[0]["state"] == "UNAVAILABLE"
+        client.load_model("tiny", headers=key)
+        assert client.is_model_ready("tiny", headers=key)
+        with pytest.raises(InferenceServerException, match="cannot be sent along"):
+            client.load_model("tiny", headers=key, config="{}")
+        with pytest.raises(InferenceServerException, match="nobody"):
+            client.load_model("nobody", headers=key)
+        client.close()
+
+        async def use(client: Any) -> None:
+            await client.unload_model("tiny", headers=key)
+            await client.load_model("tiny", headers=key)
+            assert await client.is_model_ready("tiny", headers=key)
+
+        asynchronously(service, use)
+
+
+def test_model_control_needs_keys(client: triton.InferenceServerClient) -> None:
+    """Where no keys are set nobody may load or unload."""
+    with pytest.raises(InferenceServerException, match="HOURGLASS_API_KEYS_FILE"):
+        client.load_model("tiny")

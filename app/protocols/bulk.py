@@ -1,0 +1,555 @@
+"""POST /bulk/…: items of any number in, answers in order as they are ready, in bounded memory.
+
+Four tasks work on a request: one receives, one reads and groups items, one hands out the answers in order, one writes
+them. While the body is still arriving, answers that the client does not read yet go to a spool; most HTTP libraries
+read nothing before they have sent everything. After that, slow reading slows the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import anyio.to_thread
+import numpy as np
+import orjson
+from fastapi import APIRouter
+from numpy.typing import NDArray
+from PIL import Image
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from app import errors
+from app.api.dependencies import (
+    Model,
+    Terms,
+    catalog_of,
+    headers_of,
+    metrics_of,
+    preferred_media_type,
+    read_terms,
+    settings_of,
+)
+from app.api.errors import code_of, problem_response, problem_responses
+from app.api.routing import (
+    COMMON_ERRORS,
+    DECODERS,
+    HEADER_PARAMETERS,
+    HTML,
+    INLINE_PIXELS,
+    JSON,
+    NPY,
+    Handler,
+    ItemsRoute,
+    ModelQuery,
+    RawRoute,
+    parse_query,
+    query_invert,
+    query_parameters,
+    result_rows,
+)
+from app.artifacts.manifest import Capability, InputSpec, Manifest
+from app.capabilities import ROUTERS
+from app.capabilities.decode import Decoded, decode_latents
+from app.codecs.bodies import Inflater, parse_content_type
+from app.codecs.items import Items, Limits, entry_to_input, mask_entry_to_input
+from app.codecs.streams import (
+    CsvReader,
+    FormReader,
+    NdjsonReader,
+    NpyReader,
+    StreamItem,
+    StreamReader,
+    ZipReader,
+)
+from app.protocols.spool import Spool
+from app.served_model import ServedModel
+from app.settings import Settings
+
+NDJSON, CSV, ZIP, FORM = "application/x-ndjson", "text/csv", "application/zip", "multipart/form-data"
+_NDJSON_TYPES = ("", NDJSON, "application/ndjson", "application/jsonl", "application/x-jsonlines", JSON)
+_CHUNK_BYTES = 8 * 1024 * 1024
+_CHUNKS_WAITING = 2
+_AHEAD_BYTES = 1024 * 1024  # enough to notice that a client left while its items wait for the device
+_ZIP_FILES_AT_ONCE = 32
+_RETRY_S = 0.02
+# What concerns the items of a chunk and not the stream; anything else ends it.
+_BY_ITEM = (errors.InferenceFailed, errors.DeadlineExceeded, errors.QueueFull)
+
+
+async def _decode(items: Items, model: Model, _query: ModelQuery) -> Any:
+    return await decode_latents(items.values, model)
+
+
+ITEM_ROUTES: tuple[ItemsRoute, ...] = (
+    *(route for router in ROUTERS for route in router.item_routes),
+    ItemsRoute(
+        "/decode", Capability.DECODE, Decoded, ModelQuery, _decode, masked=False, summary="Map each latent vector back"
+    ),
+)
+
+
+def _spec_of(route: ItemsRoute, manifest: Manifest) -> InputSpec:
+    """What one item of the route looks like: the model's input, or a latent vector."""
+    if route.capability is Capability.DECODE:
+        return InputSpec(shape=manifest.capabilities[Capability.DECODE].inputs[0].shape)
+    return manifest.input
+
+
+@dataclass
+class _Summary:
+    items: int = 0
+    ok: int = 0
+    failed: int = 0
+    anomalies: int = 0
+
+    def add(self, other: _Summary) -> None:
+        self.items += other.items
+        self.ok += other.ok
+        self.failed += other.failed
+        self.anomalies += other.anomalies
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Consecutive items of a stream, the first of which has the index `start`."""
+
+    start: int
+    items: list[StreamItem]
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """A chunk's answers, and what they come to."""
+
+    data: bytes
+    summary: _Summary
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What ends a stream before its time."""
+
+    error: errors.ServiceError
+
+
+_Decoded = tuple[NDArray[np.float32], NDArray[np.float32] | None]
+"""An item as the model takes it, and its mask."""
+
+
+@dataclass
+class _Bulk:
+    """One stream of items being answered."""
+
+    request: Request
+    route: ItemsRoute
+    query: ModelQuery
+    served: ServedModel
+    terms: Terms
+    reader: StreamReader
+    inflater: Inflater
+    settings: Settings
+    spool: Spool
+    pending: list[StreamItem] = field(default_factory=list)
+    pending_bytes: int = 0
+    begun: int = 0  # items that were handed to a task
+    body_complete: bool = False
+    busy: bool = False
+    summary: _Summary = field(default_factory=_Summary)
+    problem: errors.ServiceError | None = None
+    reading: asyncio.Task[None] | None = None
+    receiving: asyncio.Task[None] | None = None
+    arrived: asyncio.Queue[bytes | errors.ServiceError | None] = field(default_factory=asyncio.Queue)
+    ahead_bytes: int = 0
+    taken: asyncio.Event = field(default_factory=asyncio.Event)
+    answering: asyncio.Queue[asyncio.Task[_Lines | _Cut] | _Cut | None] = field(
+        default_factory=lambda: asyncio.Queue(_CHUNKS_WAITING)
+    )
+
+    @property
+    def chunk_rows(self) -> int:
+        return max(1, min(self.served.manifest.max_batch_size, self.settings.max_queue_rows))
+
+    async def run(self, receive: Receive, send: Send) -> None:
+        """Answers the whole stream. Raises ClientDisconnect when the client leaves."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self.receiving = group.create_task(self._receive(receive))
+                self.reading = group.create_task(self._read(group))
+                collecting = group.create_task(self._collect(receive, group))
+                await self._write(send)
+                for task in (self.receiving, self.reading, collecting):
+                    if task is not None:
+                        task.cancel()
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _receive(self, receive: Receive) -> None:
+        """Receives the body, a little ahead of who reads it, and watches for the client's leaving.
+
+        Raises ClientDisconnect.
+        """
+        more = True
+        while more:
+            try:
+                async with asyncio.timeout(self.terms.timeout_ms / 1000):
+                    message = await receive()
+            except TimeoutError:
+                problem = f"deadline: nothing of the body came for {self.terms.timeout_ms} ms"
+                self.arrived.put_nowait(errors.DeadlineExceeded(problem))
+                break
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            more = message.get("more_body", False)
+            self.body_complete = not more
+            data = message.get("body", b"")
+            self.arrived.put_nowait(data)
+            self.ahead_bytes += len(data)
+            while more and self.ahead_bytes > _AHEAD_BYTES:
+                self.taken.clear()
+                await self.taken.wait()
+        else:
+            self.arrived.put_nowait(None)
+        await _until_left(receive)
+
+    async def _read(self, group: asyncio.TaskGroup) -> None:
+        """Reads the body and groups its items."""
+        try:
+            empty = True
+            async for data in self._body():
+                for plain in self.inflater.feed(data):
+                    empty = False
+                    for item in self.reader.feed(plain):
+                        await self._add(item, group)
+                    await asyncio.sleep(0)  # a little that unpacks to much must not keep others waiting
+                self._begin_if_idle(group)
+            self.inflater.end()
+            if empty:
+                raise errors.MalformedPayload("body: expected items, found an empty body")
+            async for item in self._rest():
+                await self._add(item, group)
+            await self._flush(group)
+            await self.answering.put(None)
+        except errors.ServiceError as error:
+            await self._flush(group)
+            await self.answering.put(_Cut(error))
+
+    async def _body(self) -> AsyncIterator[bytes]:
+        while (data := await self.arrived.get()) is not None:
+            if isinstance(data, errors.ServiceError):
+                raise data
+            self.ahead_bytes -= len(data)
+            self.taken.set()
+            yield data
+
+    async def _rest(self) -> AsyncIterator[StreamItem]:
+        """The items that the reader has at the end; a zip's files are read and unpacked off the event loop."""
+        left = self.reader.end()
+        if not isinstance(self.reader, ZipReader):
+            for item in left:
+                yield item
+            return
+        while items := await anyio.to_thread.run_sync(_some, left):
+            for item in items:
+                yield item
+
+    async def _add(self, item: StreamItem, group: asyncio.TaskGroup) -> None:
+        self.pending.append(item)
+        self.pending_bytes += item.held_bytes
+        if len(self.pending) >= self.chunk_rows or self.pending_bytes >= _CHUNK_BYTES:
+            await self._flush(group)
+
+    async def _flush(self, group: asyncio.TaskGroup) -> None:
+        """Hands what is pending to a task, as soon as few enough others wait."""
+        if self.pending:
+            await self.answering.put(self._begin(group))
+
+    def _begin_if_idle(self, group: asyncio.TaskGroup) -> None:
+        """Starts with what is pending where nothing else is being worked on: who sends slowly is answered at once."""
+        if self.pending and not self.busy and self.answering.empty():
+            self.answering.put_nowait(self._begin(group))
+
+    def _begin(self, group: asyncio.TaskGroup) -> asyncio.Task[_Lines | _Cut]:
+        chunk = _Chunk(self.begun, self.pending)
+        self.begun += len(chunk.items)
+        self.pending, self.pending_bytes = [], 0
+        return group.create_task(self._answer(chunk))
+
+    async def _collect(self, receive: Receive, group: asyncio.TaskGroup) -> None:
+        """Puts the answers into the spool in order, and ends it."""
+        while (found := await self.answering.get()) is not None:
+            self.busy = True
+            answered = found if isinstance(found, _Cut) else await found
+            try:
+                if isinstance(answered, _Cut):
+                    raise answered.error
+                if self.body_complete:
+                    await self.spool.room()
+                self.spool.put(answered.data)
+            except errors.ServiceError as error:
+                self._cut(error, receive, group)
+                return
+            self.summary.add(answered.summary)
+            self.busy = False
+            self._begin_if_idle(group)
+        self.spool.finish(orjson.dumps({"summary": self.summary}) + b"\n")
+
+    def _cut(self, error: errors.ServiceError, receive: Receive, group: asyncio.TaskGroup) -> None:
+        """Ends the stream with an error: as its status if nothing was answered yet, else as its last line."""
+        if self.reading is not None:
+            self.reading.cancel()
+        while not self.answering.empty():
+            left = self.answering.get_nowait()
+            if isinstance(left, asyncio.Task):
+                left.cancel()
+        if self.receiving is not None:
+            self.receiving.cancel()
+        # What the client still sends is dropped, or it would never come to reading why.
+        self.receiving = group.create_task(_until_left(receive))
+        if not self.summary.items:
+            self.problem = error
+            self.spool.finish()
+            return
+        line = {"index": self.summary.items, "error": str(error), "code": code_of(error)}
+        self.spool.finish(orjson.dumps(line) + b"\n")
+
+    async def _write(self, send: Send) -> None:
+        data = await self.spool.take()
+        if not data:
+            response = problem_response(self.request, self.problem or errors.InvalidInput("body: no items"))
+            await response(self.request.scope, self.request.receive, send)
+            return
+        headers = [(b"content-type", NDJSON.encode()), (b"x-model", str(self.served).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while data:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            data = await self.spool.take()
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _answer(self, chunk: _Chunk) -> _Lines | _Cut:
+        """The chunk's lines."""
+        decoded = await self._decode(chunk)
+        good = [(index, found) for index, found in enumerate(decoded) if not isinstance(found, errors.ServiceError)]
+        answers: dict[int, dict[str, Any] | errors.ServiceError] = {
+            index: found for index, found in enumerate(decoded) if isinstance(found, errors.ServiceError)
+        }
+        if good:
+            values = np.stack([values for _, (values, _) in good])
+            masks = [mask for _, (_, mask) in good if mask is not None]
+            items = Items(values, masks=np.stack(masks) if masks else None)
+            try:
+                rows = await self._rows(items, [chunk.start + index for index, _ in good])
+            except errors.ServiceError as error:
+                return _Cut(error)
+            answers |= {index: row for (index, _), row in zip(good, rows, strict=True)}
+        summary = _Summary()
+        lines = [_line(chunk.start + index, item, answers[index], summary) for index, item in enumerate(chunk.items)]
+        return _Lines(b"".join(lines), summary)
+
+    async def _decode(self, chunk: _Chunk) -> list[_Decoded | errors.ServiceError]:
+        """Each item as the model takes it; an error in place of one that cannot be."""
+        spec, invert = _spec_of(self.route, self.served.manifest), query_invert(self.query)
+
+        def decode() -> list[_Decoded | errors.ServiceError]:
+            found: list[_Decoded | errors.ServiceError] = []
+            for index, item in enumerate(chunk.items, chunk.start):
+                if isinstance(item.entry, errors.ServiceError):
+                    found.append(item.entry)
+                    continue
+                try:
+                    mask = None if item.mask is None else mask_entry_to_input(item.mask, index, spec)
+                    found.append((entry_to_input(item.entry, index, spec, invert=invert), mask))
+                except errors.ServiceError as error:
+                    found.append(error)
+            return found
+
+        pictures = [item.entry for item in chunk.items if isinstance(item.entry, Image.Image)]
+        if sum(picture.width * picture.height for picture in pictures) <= INLINE_PIXELS:
+            return decode()
+        return await anyio.to_thread.run_sync(decode, limiter=DECODERS)
+
+    async def _rows(self, items: Items, indexes: list[int]) -> list[dict[str, Any] | errors.ServiceError]:
+        """Each item's answer, or the error that is its own; a chunk that fails is halved until it stands alone."""
+        loop = asyncio.get_running_loop()
+        terms = Terms(
+            self.terms.timeout_ms, loop.time() + self.terms.timeout_ms / 1000, self.terms.caller, self.terms.priority
+        )
+        while True:
+            try:
+                results = await self.route.endpoint(items, Model(self.served, terms), self.query)
+                return [*result_rows(results, self.served.manifest.input, as_png=self.query.images == "png")]
+            except errors.QueueFull as error:
+                if loop.time() + error.retry_after_s >= terms.deadline:
+                    return [errors.QueueFull(f"item {index}: {error}") for index in indexes]
+                await asyncio.sleep(_RETRY_S)
+            except _BY_ITEM as error:
+                if len(indexes) == 1 or isinstance(error, errors.DeadlineExceeded):
+                    text = re.sub(r"^item \d+: ", "", str(error))
+                    return [type(error)(f"item {index}: {text}") for index in indexes]
+                middle = len(indexes) // 2
+                halves = (slice(None, middle), slice(middle, None))
+                return [row for half in halves for row in await self._rows(_part(items, half), indexes[half])]
+
+
+def _line(index: int, item: StreamItem, answer: dict[str, Any] | errors.ServiceError, summary: _Summary) -> bytes:
+    """One item's line, counted in `summary`."""
+    line: dict[str, Any] = {"index": index}
+    if item.id is not None:
+        line["id"] = item.id
+    if item.name is not None:
+        line["name"] = item.name
+    summary.items += 1
+    if isinstance(answer, errors.ServiceError):
+        summary.failed += 1
+        line |= {"error": str(answer), "code": code_of(answer)}
+    else:
+        summary.ok += 1
+        summary.anomalies += bool(answer.get("is_anomaly"))
+        line |= answer
+    return orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+
+
+def _part(items: Items, which: slice) -> Items:
+    return Items(items.values[which], masks=None if items.masks is None else items.masks[which])
+
+
+def _some(items: Iterator[StreamItem]) -> list[StreamItem]:
+    """The next few items, fewer of large ones."""
+    found: list[StreamItem] = []
+    held_bytes = 0
+    for item in islice(items, _ZIP_FILES_AT_ONCE):
+        found.append(item)
+        held_bytes += item.held_bytes
+        if held_bytes > _CHUNK_BYTES:
+            break
+    return found
+
+
+async def _until_left(receive: Receive) -> None:
+    """Raises ClientDisconnect when the client leaves; what it still sends is dropped."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientDisconnect
+
+
+class _Stream(Response):
+    """The response that answers a stream while it is read."""
+
+    def __init__(self, run: Callable[[Receive, Send], Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        await self._run(receive, send)
+
+
+def _handler(route: ItemsRoute) -> Handler:
+    async def handle(request: Request) -> Response:
+        scope, settings = request.scope, settings_of(request)
+        headers = headers_of(scope)
+        query = parse_query(route.query, scope["query_string"])
+        served = catalog_of(request).find(query.model, route.capability)
+        accept = headers.get(b"accept", b"").decode("latin-1")
+        if preferred_media_type(accept, (NDJSON, HTML)) is None:
+            raise errors.NotAcceptable(f"accept: expected {NDJSON}, found {accept!r}")
+        spec = _spec_of(route, served.manifest)
+        if query_invert(query) is not None and spec.range is None:
+            raise errors.InvalidParameter("invert: this model takes records, which have no dark and light")
+        terms = read_terms(scope, headers, settings)
+        inflater = Inflater(headers.get(b"content-encoding", b"").decode("latin-1"))
+        media_type, parameters = parse_content_type(headers.get(b"content-type", b"").decode("latin-1"))
+        counted = metrics_of(request).inference(served.manifest.name, served.manifest.version)
+        reader = _reader(route, spec, media_type, parameters, settings)
+
+        async def run(receive: Receive, send: Send) -> None:
+            try:
+                with counted, Spool(settings.max_spool_bytes) as spool:
+                    bulk = _Bulk(request, route, query, served, terms, reader, inflater, settings, spool)
+                    await bulk.run(receive, send)
+                    counted.items = bulk.summary.ok
+            finally:
+                reader.close()
+
+        return _Stream(run)
+
+    handle.__name__, handle.__doc__ = f"bulk_{route.capability}", f"{route.summary}, for any number of items"
+    return handle
+
+
+def _reader(
+    route: ItemsRoute, spec: InputSpec, media_type: str, parameters: dict[str, str], settings: Settings
+) -> StreamReader:
+    """What reads a body of that type. Raises UnsupportedMediaType, MalformedPayload or InvalidInput."""
+    limits = Limits(max_rows=1, max_image_pixels=settings.max_image_pixels)
+    most = settings.max_body_bytes
+    # curl says form-urlencoded of whatever it sends with -d or --data-binary.
+    if media_type in (*_NDJSON_TYPES, "application/x-www-form-urlencoded"):
+        return NdjsonReader(spec, limits, most, masked=route.masked)
+    if route.masked:
+        raise errors.UnsupportedMediaType(
+            f"content-type: expected {NDJSON}, which can hold masks, found {media_type!r}"
+        )
+    if media_type == CSV:
+        return CsvReader(spec, most)
+    if media_type == NPY:
+        return NpyReader(spec)
+    if media_type == FORM:
+        return FormReader(spec, limits, parameters, most)
+    if media_type in (ZIP, "application/x-zip-compressed"):
+        return ZipReader(spec, limits, most, settings.max_spool_bytes)
+    raise errors.UnsupportedMediaType(
+        f"content-type: expected {NDJSON}, {CSV}, {NPY}, {FORM} or {ZIP}, found {media_type!r}"
+    )
+
+
+router = APIRouter(tags=["bulk"])
+HOT: dict[str, Handler] = {}
+
+_TEXT = {"schema": {"type": "string"}}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_LINES_IN = {
+    "schema": {
+        "type": "string",
+        "description": 'A line each: an instance, or `{"id", "instance"}`; for /bulk/inpaint `{"instance", "mask"}`.',
+    }
+}
+
+
+def _declare(route: ItemsRoute) -> None:
+    handler = HOT[f"/bulk{route.path}"] = _handler(route)
+    bodies = {NDJSON: _LINES_IN}
+    if not route.masked:
+        bodies |= {CSV: _TEXT, NPY: _BINARY, ZIP: _BINARY, FORM: {"schema": {"type": "object"}}}
+    raises = [error for error in COMMON_ERRORS if error not in (errors.InferenceFailed, errors.QueueFull)]
+    router.add_api_route(
+        f"/bulk{route.path}",
+        handler,
+        methods=["POST"],
+        summary=f"{route.summary}, of any number",
+        description="Answers stream in order, one JSON object a line: the route's fields with `index`, and `id` or "
+        '`name` where there is one; `{"index", "error", "code"}` in place of an item that failed; last '
+        '`{"summary": {"items", "ok", "failed", "anomalies"}}`, which a stream that was cut lacks.',
+        response_class=Response,
+        responses={
+            200: {
+                "description": "Answers as they are ready.",
+                "content": {NDJSON: _TEXT},
+                "headers": {"X-Model": _TEXT, "X-Request-Id": _TEXT},
+            },
+            **problem_responses(raises),
+        },
+        openapi_extra={
+            "parameters": [*query_parameters(route.query), *HEADER_PARAMETERS],
+            "requestBody": {"required": True, "content": bodies},
+        },
+        route_class_override=RawRoute,
+    )
+
+
+for _route in ITEM_ROUTES:
+    _declare(_route)
