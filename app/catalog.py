@@ -30,7 +30,7 @@ from app.errors import (
     NoModels,
     NotReady,
 )
-from app.inference.loaded_model import LoadedModel, is_sticky, use_threads
+from app.inference.loaded_model import LoadedModel, is_sticky, tensor_bytes, use_threads
 from app.inference.worker_thread import WorkerThread
 from app.served_model import ModelLane, Replica, ServedModel, labels_of
 
@@ -562,7 +562,7 @@ class Catalog:
             async with self._one_load:
                 artifact = await self._in_loader(read_artifact, version.ref)
                 served = ServedModel(artifact, self.batcher, self._bring_back)
-                need = self._expected_bytes(artifact.manifest)
+                need = tensor_bytes(artifact) * len(self.devices)
                 pinned = version.ref.name in self._pinned
                 if self._fits(need) or ((pinned or by_force) and self._make_room(need, pinned=pinned)):
                     await self._admit(served, artifact)
@@ -595,7 +595,7 @@ class Catalog:
                 if artifact.manifest != manifest:
                     version.checked = None  # the next look takes it up
                     raise ModelUnavailable(f"model: {served} is being replaced", retry_after_s=1)
-                need = served.memory_bytes or self._expected_bytes(manifest)
+                need = tensor_bytes(artifact) * len(self.devices)
                 if not self._make_room(need, pinned=False):
                     raise ModelUnavailable(
                         f"model: {served} needs {need} bytes; of {self._memory_bytes} for models, others hold "
@@ -687,10 +687,6 @@ class Catalog:
             for version in versions:
                 if version.served is not None and version.served.in_memory:
                     yield version.served
-
-    def _expected_bytes(self, manifest: Manifest) -> int:
-        """What a module takes in memory, before anyone has seen it there: its file is hardly smaller."""
-        return manifest.files[manifest.model_file].bytes * len(self.devices)
 
     def _fits(self, need: int) -> bool:
         return self._memory_bytes is None or self.memory_bytes + need <= self._memory_bytes

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Sequence
 from typing import cast
 
@@ -40,6 +41,9 @@ _STICKY_MESSAGE = re.compile(
     r"|(CUDNN|CUBLAS)_STATUS_EXECUTION_FAILED",
     re.IGNORECASE,
 )
+
+
+_TENSOR_FILE = re.compile(r"/(data|constants)/\d+$")
 
 
 class NotFiniteError(ArithmeticError):
@@ -75,6 +79,15 @@ def is_sticky(error: BaseException) -> bool:
 def use_threads(count: int) -> None:
     """Lets forward passes of the calling thread use that many threads of a CPU."""
     torch.set_num_threads(count)
+
+
+def tensor_bytes(artifact: Artifact) -> int:
+    """How much memory the module's parameters and buffers will take, from the directory of its archive."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(artifact.model)) as archive:
+            return sum(entry.file_size for entry in archive.infolist() if _TENSOR_FILE.search(entry.filename))
+    except zipfile.BadZipFile:
+        return len(artifact.model)  # nothing that could be loaded
 
 
 class LoadedModel:

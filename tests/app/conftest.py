@@ -227,11 +227,12 @@ class Running:
 
 
 @contextmanager
-def run_process(store: Path, log: Path, *arguments: str, **environment: str) -> Iterator[Running]:
+def run_process(store: Path, log: Path, *arguments: str, port: int = 0, **environment: str) -> Iterator[Running]:
     """`python -m app serve` on a free port; its log in `log`."""
-    variables = {**os.environ, "HOURGLASS_MODELS_STORE": str(store), "HOURGLASS_LOG_FORMAT": "console", **environment}
+    variables = {**os.environ, "HOURGLASS_MODELS_STORE": str(store), "HOURGLASS_LOG_FORMAT": "console"}
+    variables |= {"HOURGLASS_DRAIN_SECONDS": "0", **environment}
     with log.open("wb") as stderr:
-        command = [sys.executable, "-m", "app", "serve", "--port", "0", *arguments]
+        command = [sys.executable, "-m", "app", "serve", "--port", str(port), *arguments]
         process = subprocess.Popen(command, env=variables, stderr=stderr, cwd=Path(__file__).parents[2])
     service = Running(process, log)
     try:
