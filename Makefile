@@ -1,7 +1,7 @@
 # The project's commands; `make help` lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test bench check soak faults format models image image-check lock clean
+.PHONY: help setup run test bench check soak faults format models quality presets image image-check lock clean
 
 # PYTHON: the interpreter that makes .venv; found by scripts/find-python.sh where it is not named.
 PYTHON ?=
@@ -61,6 +61,13 @@ format: setup  ## Format the code and repair what the linter can
 
 models: setup  ## Train the shipped artifacts of models_store/ anew
 	@$(python) -m training models
+
+quality: setup  ## Measure on MNIST what the presets reach, into docs/quality.md (PART=denoising; hours for all, resumable)
+	@$(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quality]'
+	@OMP_NUM_THREADS=1 $(python) -m quality $(PART)
+
+presets: setup  ## Train every preset on every kind of data for MINUTES=1, verify and serve each, 45 minutes or so
+	@OMP_NUM_THREADS=1 $(python) -m quality.every_preset $(or $(MINUTES),1)
 
 image:  ## Build the serving image with Docker (IMAGE=name)
 	docker build --tag $(IMAGE) .

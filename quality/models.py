@@ -111,3 +111,26 @@ VAE = Measured(
 TOP_K = Measured("q-topk", "sparse-topk")
 U_NET = Measured("q-unet", "unet-denoiser", max_minutes=45)
 SAMPLES = Measured("q-vae-preset", "vae")
+
+
+def _family(preset: str, minutes: float = 4) -> Measured:
+    return Measured(f"q-family-{preset}", preset, max_minutes=minutes)
+
+
+# 49 places with 8 bits each are worth 49 components of 8 bits.
+FAMILIES: tuple[tuple[Measured, int, str], ...] = (
+    (TUTORIAL, 32, ""),
+    (_family("basic"), 32, ""),
+    (_family("denoising"), 64, ""),
+    (_family("vae-tutorial"), 20, ""),
+    (SAMPLES, 16, ""),
+    (_family("beta-vae"), 10, ""),
+    (_family("iwae"), 40, ""),
+    (_family("conv"), 64, ""),
+    (_family("conv-vae"), 32, ""),
+    (_family("contractive"), 32, ""),
+    (_family("memory"), 32, ""),
+    (TOP_K, 25, ", as many as units are active"),
+    (_family("vq-vae"), 49, ", unrounded, as the code has bytes"),
+)
+"""Each with the components of PCA that it is compared with, and why so many."""

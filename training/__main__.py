@@ -27,6 +27,7 @@ from training.presets import PRESETS, Preset, get_preset, override
 from training.processes import Processes, joined_processes
 from training.progress import Bar, Lines, Silent
 from training.rehearsal import rehearse
+from training.report import report
 from training.run import (
     check_fits,
     choose_device,
@@ -37,7 +38,7 @@ from training.run import (
     recalibrate,
     verify_artifact,
 )
-from training.runs import DataChoice, Recipe, Run, new_folder, settings_of_toml
+from training.runs import REPORT_FILE, DataChoice, Recipe, Run, new_folder, settings_of_toml
 from training.splits import split_dataset
 from training.tables import TABLE_SUFFIXES
 
@@ -393,6 +394,16 @@ def calibrate_command(
         _show_written(ref, store)
 
 
+@app.command("report")
+def report_command(folder: RunArgument) -> None:
+    """Write a finished run's page, one HTML file with all its pictures in it; every run ends with one anyway."""
+    with _one_line_errors():
+        run = Run.open(folder)
+        if run.recipe.artifact is None:
+            raise TrainingError(f"run {folder}: expected a finished run; `python -m training resume {folder}` ends it")
+        _write_report(run, open_artifact(run.recipe.artifact, run.recipe.store), _load(run.recipe.data, shown=False))
+
+
 @app.command("compare")
 def compare_command(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs.")],
@@ -466,9 +477,16 @@ def _train(
     if ref is None:
         return
     run.save(artifact=str(ref))
+    _write_report(run, read_artifact(ref), dataset)
     if not quiet:
         _show_figures(ref)
     _show_written(ref, recipe.store)
+
+
+def _write_report(run: Run, artifact: Artifact, dataset: Dataset) -> None:
+    path = run.folder / REPORT_FILE
+    path.write_text(report(artifact, dataset, run.epochs()))
+    _say(f"Report: {path}")
 
 
 @dataclass

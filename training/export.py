@@ -22,7 +22,7 @@ from training.errors import TrainingError
 from training.sampler import Sampler, prior_sampler
 
 TOLERANCE = 1e-5
-"""Largest difference between the eager module and the exported one: absolute below 1, else relative."""
+"""Largest difference between the eager module and the exported one, of records in units of a feature's size."""
 
 CHECKED_BATCH_SIZES = (1, 2, 7, 64)
 
@@ -166,6 +166,13 @@ class ExportedModule:
         """Names of the exported methods, sorted."""
         return tuple(sorted(str(name) for name in self._module._c._method_names()))
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The network's parameters and constants by name, as its `load_state_dict` takes them."""
+        prefix = "network."
+        state = self._module.state_dict()
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
     def freeze(self) -> ExportedModule:
         """Freezes the module as the service does after loading."""
         with _deprecation_silenced():
@@ -248,8 +255,8 @@ def export(
             expected = getattr(eager, method)(*inputs)
         for batch_size in CHECKED_BATCH_SIZES:
             found = exported.run(method, *inputs, batch_size=batch_size)
-            # Records have units of their own: float32 keeps so many digits, whatever the size of the number.
-            scale = expected.abs().clamp_min(1)
+            # Records have units of their own: float32 keeps so many digits of a feature, whatever its size.
+            scale = expected.abs().amax(0).clamp_min(1) if items.dim() == 2 else torch.ones(())
             difference = float(((found - expected).abs() / scale).max())
             if not difference <= TOLERANCE:
                 raise TrainingError(

@@ -32,6 +32,7 @@ from training.dataset import Dataset, to_float
 from training.errors import TrainingError
 from training.evaluate import evaluate, family_figures, unsupported
 from training.export import (
+    TOLERANCE,
     ExportedModule,
     export,
     method_inputs,
@@ -265,7 +266,7 @@ def finish(
         projection=None if latents.projection is None else latents.projection[0],
         max_batch_size=preset.max_batch_size,
         calibration=entry,
-        self_test=SelfTest(file=SELF_TEST_FILE),
+        self_test=SelfTest(file=SELF_TEST_FILE, absolute_tolerance=_absolute_tolerance(parts["train"])),
         metrics=metrics,
         training=_provenance(preset, dataset, split, seed, device, trained),
     )
@@ -447,6 +448,11 @@ def _check_writable(store: Path) -> None:
             pass
     except OSError as error:
         raise TrainingError(f"store {store}: expected a folder to write to: {error.strerror}") from error
+
+
+def _absolute_tolerance(items: Tensor) -> float:
+    """1e-5 of the largest number that an item holds, and of 1 where all are smaller."""
+    return TOLERANCE * (max(1.0, float(items.abs().max())) if items.is_floating_point() else 1.0)
 
 
 def _rows(images: Tensor, rows: int) -> Tensor:

@@ -53,14 +53,15 @@ class Sampler(nn.Module):
         self.dimensions = means.shape[1]
         arrays = {"cumulative": shares.cumsum(1), "means": means, "roots": roots, "basis": basis, "offset": offset}
         for name, array in arrays.items():
-            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)).float())
+            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64)))
 
     def forward(self, u: Tensor, eps: Tensor, label: Tensor) -> Tensor:
         """(batch,) in [0, 1), (batch, latent_dim) standard normal, (batch,) class or -1 → (batch, latent_dim)."""
         row = (label.long() + 1).clamp(0, self.cumulative.shape[0] - 1)
         component = (u[:, None] >= self.cumulative[row]).sum(1).clamp(0, self.means.shape[0] - 1)
-        noise = torch.bmm(self.roots[component], eps[:, : self.dimensions, None])[:, :, 0]
-        return (self.means[component] + noise) @ self.basis + self.offset
+        # In double: the last digits of a product depend on how many rows share it, and decoders magnify them.
+        noise = torch.bmm(self.roots[component], eps[:, : self.dimensions, None].double())[:, :, 0]
+        return ((self.means[component] + noise) @ self.basis + self.offset).float()
 
 
 def prior_sampler(latent_dim: int) -> Sampler:

@@ -214,7 +214,7 @@ class Hourglass(Autoencoder):
 
     @torch.no_grad()
     def standardise_latent(self, x: Tensor) -> None:
-        """Mean 0 and standard deviation 1 per dimension where the code is linear."""
+        """Mean 0 and standard deviation at most 1 per dimension where the code is linear."""
         self.bottleneck.standardise(self.encode(x))
 
 

@@ -38,7 +38,7 @@ def conv_sides(side: int, smallest_side: int) -> list[int]:
 
 @torch.no_grad()
 def standardise_code(last: nn.Linear, first: nn.Linear, latents: Tensor) -> None:
-    """Rescales a linear code to mean 0 and standard deviation 1 per dimension, without changing what it decodes to.
+    """Rescales a linear code to mean 0 and standard deviation at most 1, without changing what it decodes to.
 
     Latent vectors of one scale make distances fair and keep float32 rounding small.
 
@@ -47,7 +47,7 @@ def standardise_code(last: nn.Linear, first: nn.Linear, latents: Tensor) -> None
         latents: what the encoder gives for training items, (items, latent_dim).
     """
     mean, std = latents.double().mean(0), latents.double().std(0)
-    std = std.clamp_min(0.1)  # a dead unit stays one: blown up, it would show rounding only
+    std = std.clamp_min(1.0)  # never blown up: rounding would be too, and a dead unit would show nothing else
     weight = first.weight.double()
     first.bias.copy_(first.bias.double() + weight @ mean)
     first.weight.copy_(weight * std)
