@@ -28,10 +28,11 @@ def main() -> None:
     if unknown := [name for name in named if name not in PARTS]:
         console.print(f"part: expected one of {', '.join(PARTS)}; found {unknown[0]!r}", highlight=False)
         sys.exit(2)
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in named or [name for name in PARTS if name not in results]:
+    measured = _results()
+    for name in named or [name for name in PARTS if name not in measured]:
         start = time.perf_counter()
         rows = PARTS[name]()
+        results = _results()  # anew: another part may have ended meanwhile
         results[name] = {
             "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
             "seconds": round(time.perf_counter() - start),
@@ -41,6 +42,12 @@ def main() -> None:
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         TABLE.write_text(table(results))
         console.print(f"{name}: {sum(row.holds for row in rows)} of {len(rows)} hold")
+
+
+def _results() -> dict[str, Any]:
+    """By part, as measured so far."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return results
 
 
 def table(results: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ def largest_difference(client: httpx.Client, artifact: Artifact, items: Tensor) 
             scale = np.maximum(1, np.abs(expected).max(0)) if items.dim() == 2 else 1
             worst = max(worst, float((np.abs(found - expected[:size]) / scale).max()))
     if Capability.SAMPLE in artifact.manifest.capabilities:
-        drawn = {"count": 2, "seed": 1} | ({"label": 1} if artifact.manifest.labels else {})
+        drawn = {"count": 2, "seed": 1} | ({"label": artifact.manifest.labels[-1]} if artifact.manifest.labels else {})
         answer = client.post(f"/sample?model={artifact.ref.name}", json=drawn)
         if answer.status_code != 200:
             raise RuntimeError(f"{artifact.ref} sample: {answer.status_code}: {answer.text[:300]}")
