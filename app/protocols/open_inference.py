@@ -39,6 +39,7 @@ from app.api.dependencies import (
 )
 from app.api.envelope import HotPattern
 from app.api.errors import Problem, problem_body, problem_responses
+from app.api.health import livez
 from app.api.responses import json_response
 from app.api.routing import COMMON_ERRORS, ItemsQuery, RawRoute, Results, parse_query, until_disconnect
 from app.artifacts.manifest import Capability, Manifest
@@ -566,10 +567,15 @@ async def server_metadata() -> Response:
     return json_response({"name": "hourglass", "version": __version__, "extensions": EXTENSIONS})
 
 
-@_get("/v2/health/live", V2Live, "Live")
-async def live() -> Response:
-    """200 while the process answers at all."""
-    return json_response({"live": True})
+@_get(
+    "/v2/health/live",
+    V2Live,
+    "Live",
+    responses={503: {"model": Problem, "description": "`internal`"}},
+)
+async def live(request: Request) -> Response:
+    """200 while the event loop answers and the threads that watch over it live."""
+    return await livez(request)
 
 
 @_get(
