@@ -1,7 +1,7 @@
 # The project's commands; `make help` lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test bench check soak faults format models quality presets image image-check lock clean
+.PHONY: help setup run test bench check soak faults rolling many format models quality presets image image-check lock clean
 
 # PYTHON: the interpreter that makes .venv; found by scripts/find-python.sh where it is not named.
 PYTHON ?=
@@ -53,7 +53,13 @@ soak: setup  ## 1 000 reloads under 64 clients, memory beside a bare loop of tor
 	@RELOADS=$(or $(RELOADS),1000) $(python) -m pytest tests/app/test_reloads.py
 
 faults: setup  ## Put faults in and print how long everyone in flight waited for an answer
-	@$(python) -m pytest tests/app/api/test_faults.py
+	@ANSWERED_WITHIN_S=1 $(python) -m pytest tests/app/api/test_faults.py
+
+rolling: setup  ## 50 rolling restarts of two replicas behind nginx, under 64 clients (RESTARTS=10)
+	@RESTARTS=$(or $(RESTARTS),50) $(python) -m pytest tests/app/test_lifecycle.py -k rolling
+
+many: setup  ## 200 artifacts served for a minute from memory for 20 of them (MODELS=, SECONDS=)
+	@MODELS=$(or $(MODELS),200) SECONDS=$(or $(SECONDS),60) $(python) -m pytest tests/app/test_lifecycle.py -k many
 
 format: setup  ## Format the code and repair what the linter can
 	@$(python) -m ruff format .
