@@ -188,7 +188,10 @@ def train_preset(
         raise TrainingError(f"{device}: out of memory; choose a smaller --batch-size or --image-size") from error
     network = network.cpu()
     network.standardise_latent(to_float(dataset.items[split.train[:STANDARDISING_ITEMS]]))
-    return Trained(network, epochs, time.perf_counter() - start)
+    saved = None if checkpoints is None else checkpoints.load()
+    # Over all of the run's processes, were it interrupted.
+    wall_time_s = time.perf_counter() - start if saved is None else float(saved["elapsed_s"])
+    return Trained(network, epochs, wall_time_s)
 
 
 def finish(
