@@ -1,7 +1,7 @@
 # The project's commands; `make help` lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test bench check soak faults rolling many format models quality presets image image-check lock clean
+.PHONY: help setup run test bench bench-streams fuzz check soak faults rolling many format models quality presets image image-check lock clean
 
 # PYTHON: the interpreter that makes .venv; found by scripts/find-python.sh where it is not named.
 PYTHON ?=
@@ -14,7 +14,7 @@ python = .venv/bin/python
 address = http://$(if $(filter 0.0.0.0 ::,$(HOST)),127.0.0.1,$(HOST)):$(PORT)
 
 help:  ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-13s %s\n", $$1, $$2 }'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 setup: .venv/.installed  ## Make .venv with all that running, training and testing need (PYTHON=python3.12 to choose)
 
@@ -60,6 +60,12 @@ rolling: setup  ## 50 rolling restarts of two replicas behind nginx, under 64 cl
 
 many: setup  ## 200 artifacts served for a minute from memory for 20 of them (MODELS=, SECONDS=)
 	@MODELS=$(or $(MODELS),200) SECONDS=$(or $(SECONDS),60) $(python) -m pytest tests/app/test_lifecycle.py -k many
+
+bench-streams: setup  ## Memory of a stream of 100 000 items; JSON and binary tensors against a plain FastAPI app
+	@$(python) -m benchmarks.streams $(BENCH_FLAGS)
+
+fuzz: setup  ## Try every route of the served OpenAPI document with schemathesis (FUZZ_EXAMPLES=50)
+	@PYTHON=$(python) sh scripts/fuzz.sh
 
 format: setup  ## Format the code and repair what the linter can
 	@$(python) -m ruff format .

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from app import errors
 from app.api.dependencies import catalog_of, control_of, fleet_of
 from app.api.errors import problem_responses
-from app.api.responses import json_response
+from app.api.responses import Pair, json_response
 from app.fleet import VersionState
 
 router = APIRouter(tags=["models"])
@@ -31,7 +31,7 @@ class InputEntry(BaseModel):
     """What one item of the model looks like."""
 
     shape: list[int] = Field(description="(channels, height, width) of a picture, (features,) of a record.")
-    range: tuple[float, float] | None = Field(description="Lowest and highest value; null: any finite number.")
+    range: Pair | None = Field(description="Lowest and highest value; null: any finite number.")
     features: list[str] | None = Field(None, description="Names of a record's features.")
 
 
@@ -69,7 +69,7 @@ class MapEntry(BaseModel):
     model: str
     version: int
     method: str = Field(description="How the map was found, such as pca.")
-    points: list[tuple[float, float]] = Field(description="[x, y] of each known item.")
+    points: list[Pair] = Field(description="[x, y] of each known item.")
     labels: list[str | None] = Field(description="Its class, where it has one.")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
+from pydantic import Field
 from starlette.responses import Response
+
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
+"""Two numbers; a tuple's schema is one that FastAPI's document gets wrong."""
 
 
 def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:

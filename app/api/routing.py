@@ -476,8 +476,16 @@ def _other_answers(shows_pictures: bool) -> dict[str, Any]:
     }
 
 
+_SEVEN = (
+    "iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAAAAABXZoBIAAAARklEQVR42mNgGGSAEc56hhCUgtJM2HQ8"
+    "wyeJaSySNilidDLh0UiaTmSNJNqJpBFd8hkBnTglUZxDik40jcTrRNeIX+egAwAyWAkJ6juSWwAAAABJ"
+    "RU5ErkJggg=="
+)
+"""A picture of 28 × 28 pixels, as base64; a model of any other size takes it too."""
+
 ITEMS_BODY: dict[str, Any] = {
     JSON: {
+        "examples": {"a picture": {"value": {"instances": [{"b64": _SEVEN}], "ids": ["seven"]}}},
         "schema": {
             "type": "object",
             "required": ["instances"],
@@ -504,7 +512,7 @@ ITEMS_BODY: dict[str, Any] = {
                     "description": "One per item, echoed as `id` in the results.",
                 },
             },
-        }
+        },
     },
     "multipart/form-data": {
         "schema": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 
 from app.api.dependencies import Model
+from app.api.responses import Pair
 from app.api.routing import InferenceRouter, ItemsQuery, Results
 from app.artifacts.manifest import Capability
 from app.codecs.items import Items
@@ -17,7 +18,7 @@ class Encoded(BaseModel):
     """One item's latent vector."""
 
     latent: list[float] = Field(description="Latent vector, latent_dim values.")
-    projection: tuple[float, float] | None = Field(
+    projection: Pair | None = Field(
         None, description="Where the latent vector lies on the model's map, [x, y]; with `project=true` alone."
     )
 

@@ -58,7 +58,12 @@ class Sampled(BaseModel):
     "/sample",
     capability=Capability.SAMPLE,
     answers=Sampled,
-    request_body={JSON: {"schema": SampleRequest.model_json_schema()}},
+    request_body={
+        JSON: {
+            "schema": SampleRequest.model_json_schema(),
+            "examples": {"four": {"value": {"count": 4, "seed": 7, "temperature": 0.8}}},
+        }
+    },
     body_required=False,
     beside={"seed": (int, Field(description="The seed that was used."))},
 )

@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,6 +139,12 @@ def test_every_way_of_sending_an_item_has_the_same_answer(service: Service) -> N
     Image.fromarray(picture).save(stream, "PNG")
     png, npy = stream.getvalue(), encode_npy(picture.reshape(1, 8, 8))
     numbers = json.dumps({"instances": [(picture.astype(np.float32) / np.float32(255)).ravel().tolist()]}).encode()
+
+    def picture_file(kind: str, **options: Any) -> bytes:
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, kind, **options)
+        return stream.getvalue()
+
     ways: list[dict[str, Any]] = [
         {"content": png, "headers": {"content-type": "image/png"}},
         {"content": png, "headers": {"content-type": "image/jpeg"}},
@@ -148,10 +155,28 @@ def test_every_way_of_sending_an_item_has_the_same_answer(service: Service) -> N
         {"content": numbers, "headers": {"content-type": "application/x-www-form-urlencoded"}},
         {"content": gzip.compress(numbers), "headers": {"content-encoding": "gzip"}},
         {"content": iter([numbers[:50], numbers[50:]])},
+        {
+            "content": zlib.compress(npy),
+            "headers": {"content-type": "application/x-npy", "content-encoding": "deflate"},
+        },
+        *({"content": picture_file(kind), "headers": {"content-type": f"image/{kind}"}} for kind in ("bmp", "tiff")),
+        {"content": picture_file("webp", lossless=True), "headers": {"content-type": "image/webp"}},
     ]
     answers = [service.client.post("/encode", **way) for way in ways]
     assert [answer.status_code for answer in answers] == [200] * len(ways)
     assert len({answer.content for answer in answers}) == 1
+    latent = answers[0].json()["results"][0]["latent"]
+    line = service.client.post("/bulk/encode", content=png, headers={"content-type": "text/plain"})
+    assert line.json()["code"] == "unsupported_media_type"
+    form = service.client.post("/bulk/encode", files={"anything": ("x.png", png)})
+    assert json.loads(form.text.splitlines()[0])["latent"] == latent
+    model = answers[0].headers["x-model"].replace(":", "/versions/")
+    tensors = {
+        "inputs": [{"name": "input", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": picture.ravel().tolist()}]
+    }
+    asked = {**tensors, "outputs": [{"name": "latent"}]}
+    outputs = service.client.post(f"/v2/models/{model}/infer", json=asked).json()["outputs"]
+    assert outputs[0]["data"] == latent
 
 
 def test_invert_is_for_dark_on_light(service: Service) -> None:
