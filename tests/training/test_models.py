@@ -99,5 +99,8 @@ def test_shipped_figures_are_reproducible() -> None:
     artifact = open_artifact("mnist-conv", STORE)
     metrics, same_split = evaluate_artifact(artifact, load_dataset("mnist", Path(ROOT or "")))
     assert same_split
-    for name, metric in metrics.items():
-        assert metric.value == pytest.approx(artifact.manifest.metrics[name].value, rel=1e-3)
+    stated = artifact.manifest.metrics
+    measured = metrics.keys() & stated.keys()  # figures that are newer than the artifact are not in its manifest
+    assert measured >= {"test_mse", "psnr_of_reconstruction_sigma_0.5", "realised_fpr_at_0.01", "realised_fpr_at_0.05"}
+    for name in measured:
+        assert metrics[name].value == pytest.approx(stated[name].value, rel=1e-3)
