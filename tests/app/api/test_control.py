@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,18 +91,21 @@ def test_unload_and_load(admin: tuple[httpx.Client, Path]) -> None:
 
 
 def test_a_bad_version_cannot_be_loaded_and_is_tried_again(
-    admin: tuple[httpx.Client, Path], write_artifact_named: Callable[..., ArtifactRef]
+    admin: tuple[httpx.Client, Path], write_artifact_named: Callable[..., ArtifactRef], tmp_path: Path
 ) -> None:
     """Loading a damaged version is a 503 with the reason and changes nothing; mended, it is taken up by itself."""
     client, store = admin
-    ref = write_artifact_named(store, "tiny", seed=3)
+    # Damaged before the service can see it: the store is watched.
+    scratch = shutil.copytree(store, tmp_path / "scratch")
+    ref = write_artifact_named(scratch, "tiny", seed=3)
     whole = (ref.path / "model.pt").read_bytes()
     (ref.path / "model.pt").write_bytes(whole[:-1])
+    damaged = ref.path.rename(store / "tiny" / ref.path.name)
     answer = client.post("/models/tiny/load?version=4")
     assert (answer.status_code, answer.json()["code"]) == (503, "model_unavailable")
     assert "tiny:4 was refused: model.pt: expected" in answer.json()["error"]
     assert (answering(client), states(client)[4]) == ("tiny:3", "refused")
-    (ref.path / "model.pt").write_bytes(whole)
+    (damaged / "model.pt").write_bytes(whole)
     until(lambda: answering(client) == "tiny:4")
     until(lambda: states(client) == {1: "unloaded", 2: "unloaded", 3: "ready", 4: "ready"})
 
