@@ -19,10 +19,9 @@ import pytest
 from app.artifacts.manifest import Capability
 from app.artifacts.store import ArtifactRef
 
-RELOADS = int(os.environ.get("RELOADS", "40"))
+RELOADS = int(os.environ.get("RELOADS", "200"))
 FROM = min(50, RELOADS // 4)
-# Over a few reloads a single page that the allocator takes is a slope: the promise is judged where there are many.
-MAX_SLOPE_BYTES = 20 * 1024 if RELOADS >= 200 else 400 * 1024
+MAX_SLOPE_BYTES = 20 * 1024
 ITEM = ((np.arange(64) % 7) / 8).astype(np.float32)
 BODY = json.dumps({"instances": [ITEM.tolist()]}).encode()
 ONLY = frozenset(Capability) - {Capability.ENCODE, Capability.ANOMALY_SCORE}
