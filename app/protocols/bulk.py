@@ -8,18 +8,14 @@ read nothing before they have sent everything. After that, slow reading slows th
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import anyio.to_thread
-import numpy as np
 import orjson
 from fastapi import APIRouter
-from numpy.typing import NDArray
-from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -27,7 +23,6 @@ from starlette.types import Receive, Scope, Send
 from app import errors
 from app.api.dependencies import (
     Model,
-    Terms,
     catalog_of,
     headers_of,
     metrics_of,
@@ -38,10 +33,8 @@ from app.api.dependencies import (
 from app.api.errors import code_of, problem_response, problem_responses
 from app.api.routing import (
     COMMON_ERRORS,
-    DECODERS,
     HEADER_PARAMETERS,
     HTML,
-    INLINE_PIXELS,
     JSON,
     NPY,
     Handler,
@@ -51,13 +44,12 @@ from app.api.routing import (
     parse_query,
     query_invert,
     query_parameters,
-    result_rows,
 )
-from app.artifacts.manifest import Capability, InputSpec, Manifest
+from app.artifacts.manifest import Capability, InputSpec
 from app.capabilities import ROUTERS
 from app.capabilities.decode import Decoded, decode_latents
 from app.codecs.bodies import Inflater, parse_content_type
-from app.codecs.items import Items, Limits, entry_to_input, mask_entry_to_input
+from app.codecs.items import Items, Limits
 from app.codecs.streams import (
     CsvReader,
     FormReader,
@@ -67,19 +59,15 @@ from app.codecs.streams import (
     StreamReader,
     ZipReader,
 )
+from app.protocols.chunks import CHUNK_BYTES, Answer, ChunkAnswerer, Summary, chunk_rows, spec_of
 from app.protocols.spool import Spool
-from app.served_model import ServedModel
 from app.settings import Settings
 
 NDJSON, CSV, ZIP, FORM = "application/x-ndjson", "text/csv", "application/zip", "multipart/form-data"
 _NDJSON_TYPES = ("", NDJSON, "application/ndjson", "application/jsonl", "application/x-jsonlines", JSON)
-_CHUNK_BYTES = 8 * 1024 * 1024
 _CHUNKS_WAITING = 2
 _AHEAD_BYTES = 1024 * 1024  # enough to notice that a client left while its items wait for the device
 _ZIP_FILES_AT_ONCE = 32
-_RETRY_S = 0.02
-# What concerns the items of a chunk and not the stream; anything else ends it.
-_BY_ITEM = (errors.InferenceFailed, errors.DeadlineExceeded, errors.QueueFull)
 
 
 async def _decode(items: Items, model: Model, _query: ModelQuery) -> Any:
@@ -92,27 +80,6 @@ ITEM_ROUTES: tuple[ItemsRoute, ...] = (
         "/decode", Capability.DECODE, Decoded, ModelQuery, _decode, masked=False, summary="Map each latent vector back"
     ),
 )
-
-
-def _spec_of(route: ItemsRoute, manifest: Manifest) -> InputSpec:
-    """What one item of the route looks like: the model's input, or a latent vector."""
-    if route.capability is Capability.DECODE:
-        return InputSpec(shape=manifest.capabilities[Capability.DECODE].inputs[0].shape)
-    return manifest.input
-
-
-@dataclass
-class _Summary:
-    items: int = 0
-    ok: int = 0
-    failed: int = 0
-    anomalies: int = 0
-
-    def add(self, other: _Summary) -> None:
-        self.items += other.items
-        self.ok += other.ok
-        self.failed += other.failed
-        self.anomalies += other.anomalies
 
 
 @dataclass(frozen=True)
@@ -128,7 +95,7 @@ class _Lines:
     """A chunk's answers, and what they come to."""
 
     data: bytes
-    summary: _Summary
+    summary: Summary
 
 
 @dataclass(frozen=True)
@@ -138,19 +105,12 @@ class _Cut:
     error: errors.ServiceError
 
 
-_Decoded = tuple[NDArray[np.float32], NDArray[np.float32] | None]
-"""An item as the model takes it, and its mask."""
-
-
 @dataclass
 class _Bulk:
     """One stream of items being answered."""
 
     request: Request
-    route: ItemsRoute
-    query: ModelQuery
-    served: ServedModel
-    terms: Terms
+    answerer: ChunkAnswerer
     reader: StreamReader
     inflater: Inflater
     settings: Settings
@@ -160,7 +120,7 @@ class _Bulk:
     begun: int = 0  # items that were handed to a task
     body_complete: bool = False
     busy: bool = False
-    summary: _Summary = field(default_factory=_Summary)
+    summary: Summary = field(default_factory=Summary)
     problem: errors.ServiceError | None = None
     reading: asyncio.Task[None] | None = None
     receiving: asyncio.Task[None] | None = None
@@ -173,7 +133,7 @@ class _Bulk:
 
     @property
     def chunk_rows(self) -> int:
-        return max(1, min(self.served.manifest.max_batch_size, self.settings.max_queue_rows))
+        return chunk_rows(self.answerer.served, self.settings.max_queue_rows)
 
     async def run(self, receive: Receive, send: Send) -> None:
         """Answers the whole stream. Raises ClientDisconnect when the client leaves."""
@@ -197,10 +157,10 @@ class _Bulk:
         more = True
         while more:
             try:
-                async with asyncio.timeout(self.terms.timeout_ms / 1000):
+                async with asyncio.timeout(self.answerer.timeout_ms / 1000):
                     message = await receive()
             except TimeoutError:
-                problem = f"deadline: nothing of the body came for {self.terms.timeout_ms} ms"
+                problem = f"deadline: nothing of the body came for {self.answerer.timeout_ms} ms"
                 self.arrived.put_nowait(errors.DeadlineExceeded(problem))
                 break
             if message["type"] == "http.disconnect":
@@ -261,7 +221,7 @@ class _Bulk:
     async def _add(self, item: StreamItem, group: asyncio.TaskGroup) -> None:
         self.pending.append(item)
         self.pending_bytes += item.held_bytes
-        if len(self.pending) >= self.chunk_rows or self.pending_bytes >= _CHUNK_BYTES:
+        if len(self.pending) >= self.chunk_rows or self.pending_bytes >= CHUNK_BYTES:
             await self._flush(group)
 
     async def _flush(self, group: asyncio.TaskGroup) -> None:
@@ -324,7 +284,7 @@ class _Bulk:
             response = problem_response(self.request, self.problem or errors.InvalidInput("body: no items"))
             await response(self.request.scope, self.request.receive, send)
             return
-        headers = [(b"content-type", NDJSON.encode()), (b"x-model", str(self.served).encode())]
+        headers = [(b"content-type", NDJSON.encode()), (b"x-model", str(self.answerer.served).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while data:
             await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -333,89 +293,29 @@ class _Bulk:
 
     async def _answer(self, chunk: _Chunk) -> _Lines | _Cut:
         """The chunk's lines."""
-        decoded = await self._decode(chunk)
-        good = [(index, found) for index, found in enumerate(decoded) if not isinstance(found, errors.ServiceError)]
-        answers: dict[int, dict[str, Any] | errors.ServiceError] = {
-            index: found for index, found in enumerate(decoded) if isinstance(found, errors.ServiceError)
-        }
-        if good:
-            values = np.stack([values for _, (values, _) in good])
-            masks = [mask for _, (_, mask) in good if mask is not None]
-            items = Items(values, masks=np.stack(masks) if masks else None)
-            try:
-                rows = await self._rows(items, [chunk.start + index for index, _ in good])
-            except errors.ServiceError as error:
-                return _Cut(error)
-            answers |= {index: row for (index, _), row in zip(good, rows, strict=True)}
-        summary = _Summary()
-        lines = [_line(chunk.start + index, item, answers[index], summary) for index, item in enumerate(chunk.items)]
+        try:
+            answers = await self.answerer.answer(chunk.items, chunk.start)
+        except errors.ServiceError as error:
+            return _Cut(error)
+        summary = Summary()
+        lines = []
+        for index, (item, answer) in enumerate(zip(chunk.items, answers, strict=True), chunk.start):
+            summary.count(answer)
+            lines.append(_line(index, item, answer))
         return _Lines(b"".join(lines), summary)
 
-    async def _decode(self, chunk: _Chunk) -> list[_Decoded | errors.ServiceError]:
-        """Each item as the model takes it; an error in place of one that cannot be."""
-        spec, invert = _spec_of(self.route, self.served.manifest), query_invert(self.query)
 
-        def decode() -> list[_Decoded | errors.ServiceError]:
-            found: list[_Decoded | errors.ServiceError] = []
-            for index, item in enumerate(chunk.items, chunk.start):
-                if isinstance(item.entry, errors.ServiceError):
-                    found.append(item.entry)
-                    continue
-                try:
-                    mask = None if item.mask is None else mask_entry_to_input(item.mask, index, spec)
-                    found.append((entry_to_input(item.entry, index, spec, invert=invert), mask))
-                except errors.ServiceError as error:
-                    found.append(error)
-            return found
-
-        pictures = [item.entry for item in chunk.items if isinstance(item.entry, Image.Image)]
-        if sum(picture.width * picture.height for picture in pictures) <= INLINE_PIXELS:
-            return decode()
-        return await anyio.to_thread.run_sync(decode, limiter=DECODERS)
-
-    async def _rows(self, items: Items, indexes: list[int]) -> list[dict[str, Any] | errors.ServiceError]:
-        """Each item's answer, or the error that is its own; a chunk that fails is halved until it stands alone."""
-        loop = asyncio.get_running_loop()
-        terms = Terms(
-            self.terms.timeout_ms, loop.time() + self.terms.timeout_ms / 1000, self.terms.caller, self.terms.priority
-        )
-        while True:
-            try:
-                results = await self.route.endpoint(items, Model(self.served, terms), self.query)
-                return [*result_rows(results, self.served.manifest.input, as_png=self.query.images == "png")]
-            except errors.QueueFull as error:
-                if loop.time() + error.retry_after_s >= terms.deadline:
-                    return [errors.QueueFull(f"item {index}: {error}") for index in indexes]
-                await asyncio.sleep(_RETRY_S)
-            except _BY_ITEM as error:
-                if len(indexes) == 1 or isinstance(error, errors.DeadlineExceeded):
-                    text = re.sub(r"^item \d+: ", "", str(error))
-                    return [type(error)(f"item {index}: {text}") for index in indexes]
-                middle = len(indexes) // 2
-                halves = (slice(None, middle), slice(middle, None))
-                return [row for half in halves for row in await self._rows(_part(items, half), indexes[half])]
-
-
-def _line(index: int, item: StreamItem, answer: dict[str, Any] | errors.ServiceError, summary: _Summary) -> bytes:
-    """One item's line, counted in `summary`."""
+def _line(index: int, item: StreamItem, answer: Answer) -> bytes:
     line: dict[str, Any] = {"index": index}
     if item.id is not None:
         line["id"] = item.id
     if item.name is not None:
         line["name"] = item.name
-    summary.items += 1
     if isinstance(answer, errors.ServiceError):
-        summary.failed += 1
         line |= {"error": str(answer), "code": code_of(answer)}
     else:
-        summary.ok += 1
-        summary.anomalies += bool(answer.get("is_anomaly"))
         line |= answer
     return orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-
-
-def _part(items: Items, which: slice) -> Items:
-    return Items(items.values[which], masks=None if items.masks is None else items.masks[which])
 
 
 def _some(items: Iterator[StreamItem]) -> list[StreamItem]:
@@ -425,7 +325,7 @@ def _some(items: Iterator[StreamItem]) -> list[StreamItem]:
     for item in islice(items, _ZIP_FILES_AT_ONCE):
         found.append(item)
         held_bytes += item.held_bytes
-        if held_bytes > _CHUNK_BYTES:
+        if held_bytes > CHUNK_BYTES:
             break
     return found
 
@@ -457,7 +357,7 @@ def _handler(route: ItemsRoute) -> Handler:
         accept = headers.get(b"accept", b"").decode("latin-1")
         if preferred_media_type(accept, (NDJSON, HTML)) is None:
             raise errors.NotAcceptable(f"accept: expected {NDJSON}, found {accept!r}")
-        spec = _spec_of(route, served.manifest)
+        spec = spec_of(route, served.manifest)
         if query_invert(query) is not None and spec.range is None:
             raise errors.InvalidParameter("invert: this model takes records, which have no dark and light")
         terms = read_terms(scope, headers, settings)
@@ -469,7 +369,8 @@ def _handler(route: ItemsRoute) -> Handler:
         async def run(receive: Receive, send: Send) -> None:
             try:
                 with counted, Spool(settings.max_spool_bytes) as spool:
-                    bulk = _Bulk(request, route, query, served, terms, reader, inflater, settings, spool)
+                    answerer = ChunkAnswerer(route, query, served, terms.timeout_ms, terms.caller, terms.priority)
+                    bulk = _Bulk(request, answerer, reader, inflater, settings, spool)
                     await bulk.run(receive, send)
                     counted.items = bulk.summary.ok
             finally:
