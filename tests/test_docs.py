@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +29,7 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 REQUESTS = [command for command in COMMANDS if command.startswith(("curl", "python3 -c"))]
+SCORINGS = [command for command in COMMANDS if command.startswith("python -m app score")]
 TRAINING = [command for command in COMMANDS if command.startswith("python -m training")]
 
 
@@ -53,6 +56,17 @@ def test_readme_requests_succeed(command: str, base_url: str, scratch: Path) -> 
     if local.startswith("curl"):
         local = local.replace("curl", "curl --silent --show-error --fail-with-body", 1)
     done = subprocess.run(local, shell=True, cwd=scratch, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("command", SCORINGS)
+def test_readme_scorings_succeed(command: str, scratch: Path) -> None:
+    """Every scoring of the README, as it stands, scores the repository's pictures with the shipped models."""
+    local = command.replace("python", sys.executable, 1)
+    variables = {**os.environ, "HOURGLASS_MODELS_STORE": str(ROOT / "models_store"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        local, shell=True, cwd=scratch, env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 

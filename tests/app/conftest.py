@@ -101,6 +101,16 @@ class LabelledAutoencoder(TinyAutoencoder):
         return value.reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8) + 0 * eps.sum(1).reshape(-1, 1, 1, 1)
 
 
+class RecordsAutoencoder(TinyAutoencoder):
+    """Takes and gives records of 64 features instead of pictures of 8 × 8."""
+
+    @torch.jit.export
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(z @ self.weight)
+
+
+PICTURES = InputSpec(shape=SHAPE, range=(0, 1), picture=PictureSpec(polarity="light_on_dark"))
+RECORDS = InputSpec(shape=(64,), features=tuple(f"f{number}" for number in range(64)))
 METHODS = {
     Capability.ENCODE: (["x"], "latent"),
     Capability.DECODE: (["latent"], "x"),
@@ -116,10 +126,17 @@ SHAPES = {"x": SHAPE, "mask": SHAPE, "label": (), "latent": (LATENT_DIM,), "scor
 def write_tiny(
     store: Path, name: str = "tiny", *, seed: int = 0, without: frozenset[Capability] = frozenset(), **changes: object
 ) -> ArtifactRef:
-    """Writes a tiny artifact into `store`; `changes` replace fields of its manifest."""
+    """Writes a tiny artifact into `store`; `changes` replace fields of its manifest. `input=RECORDS` makes it one of
+    records.
+    """
     capabilities = [capability for capability in METHODS if capability not in without]
     methods = METHODS
     module = TinyAutoencoder(seed).eval()
+    shapes = SHAPES
+    spec = changes.get("input", PICTURES)
+    if spec is RECORDS:
+        module = RecordsAutoencoder(seed).eval()
+        shapes = SHAPES | {"x": RECORDS.shape, "mask": RECORDS.shape}
     if "labels" in changes:
         methods = METHODS | {Capability.SAMPLE: (["u", "eps", "label"], "x")}
         module = LabelledAutoencoder(seed).eval()
@@ -132,12 +149,12 @@ def write_tiny(
     vectors: dict[str, np.ndarray] = {}
     for capability in capabilities:
         names, output = methods[capability]
-        given = [(generator.random((3, *SHAPES[n])) * 0.9).astype(np.float32) for n in names]
+        given = [(generator.random((3, *shapes[n])) * 0.9).astype(np.float32) for n in names]
         vectors |= {f"{capability}/in/{n}": array for n, array in zip(names, given, strict=True)}
         with torch.inference_mode():
             found = getattr(scripted, capability)(*map(torch.from_numpy, given))
         vectors[f"{capability}/out/{output}"] = found.numpy()
-    normal = torch.from_numpy((generator.random((99, *SHAPE)) * 0.9).astype(np.float32))
+    normal = torch.from_numpy((generator.random((99, *shapes["x"])) * 0.9).astype(np.float32))
     with torch.inference_mode():
         calibration = Calibration.from_scores(scripted.anomaly_score(normal).numpy())
     files = {"model.pt": stream.getvalue(), "calibration.npy": _npy(calibration.scores), "self_test.npz": _npz(vectors)}
@@ -150,12 +167,12 @@ def write_tiny(
         created_at=datetime(2026, 1, 1, tzinfo=UTC),
         torch_version=torch.__version__,
         files={file: {"sha256": "0" * 64, "bytes": 0} for file in files},
-        input=InputSpec(shape=SHAPE, range=(0, 1), picture=PictureSpec(polarity="light_on_dark")),
+        input=spec,
         latent_dim=LATENT_DIM,
         capabilities={
             capability: Method(
-                inputs=[TensorSpec(name=n, shape=SHAPES[n]) for n in methods[capability][0]],
-                outputs=[TensorSpec(name=methods[capability][1], shape=SHAPES[methods[capability][1]])],
+                inputs=[TensorSpec(name=n, shape=shapes[n]) for n in methods[capability][0]],
+                outputs=[TensorSpec(name=methods[capability][1], shape=shapes[methods[capability][1]])],
             )
             for capability in capabilities
         },
@@ -352,6 +369,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         without=frozenset({Capability.SAMPLE, Capability.DENOISE}),
         unsupported={Capability.DENOISE: "denoising lowers PSNR from 14.9 to 14.1 dB"},
     )
+    return store
+
+
+@pytest.fixture(scope="session")
+def records_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, not to be written to: `rows`, a model of records of 64 features, f0 to f63."""
+    store = tmp_path_factory.mktemp("records_store")
+    write_tiny(store, "rows", without=frozenset({Capability.INPAINT, Capability.DENOISE}), input=RECORDS)
     return store
 
 

@@ -1,0 +1,1 @@
+"""python -m app score: files of items → verdicts, by the code that answers requests and without HTTP."""
