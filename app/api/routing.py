@@ -392,7 +392,7 @@ def encode_results(results: Results, model: Model, media_type: str, *, as_png: b
     if media_type == NPY:
         return Response(encode_npy(results.main), media_type=NPY)
     if results.pictures is not None and spec.range is not None and media_type == PNG:
-        return Response(encode_png(np.asarray(results.columns[results.pictures]), spec.range), media_type=PNG)
+        return Response(encode_png(np.asarray(results.columns[results.pictures]), spec.range, ids), media_type=PNG)
     rows = result_rows(results, spec, as_png=as_png, ids=ids)
     answer = {"model": model.manifest.name, "version": model.manifest.version, **results.beside, "results": rows}
     return json_response(answer)
@@ -464,7 +464,11 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 def _other_answers(shows_pictures: bool) -> dict[str, Any]:
     """The OpenAPI response for a success, beside its JSON schema."""
-    picture = "with `Accept: image/png` a picture (several items: one grid), " if shows_pictures else ""
+    picture = (
+        "with `Accept: image/png` a picture (several items: one labelled grid), "
+        if shows_pictures
+        else ""
+    )
     return {
         "description": f"One result per item; {picture}with `Accept: application/x-npy` the main array.",
         "headers": {

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.codecs.images import Grid
 from app.codecs.npy import encode_npy
 
 if TYPE_CHECKING:
@@ -79,10 +80,23 @@ def test_pictures_in_every_form_are_the_same(service: Service, route: str) -> No
     for result, array in zip(inside, arrays, strict=True):
         assert (pixels(base64.b64decode(result[PICTURES[route]])) == np.rint(array[0] * 255)).all()
         assert result.keys() == numbers[0].keys()
-    grid = pixels(service.client.post(route, json=BODIES[route], headers={"accept": "image/png"}).content)
-    assert grid.shape == (8, 18)
-    assert (grid[:, :8] == np.rint(arrays[0, 0] * 255)).all()
-    assert (grid[:, 10:] == np.rint(arrays[1, 0] * 255)).all()
+    together = service.client.post(route, json=BODIES[route], headers={"accept": "image/png"}).content
+    grid = Grid(2, 8, 8)
+    for index, array in enumerate(arrays):
+        x, y = grid.place(index)
+        there = pixels(together)[y : y + 8 * grid.scale : grid.scale, x : x + 8 * grid.scale : grid.scale]
+        assert (there == np.rint(array[0] * 255)).all()
+
+
+def test_a_grids_labels_are_the_ids(service: Service, items: np.ndarray) -> None:
+    """In a grid of pictures the caller's ids stand where the indexes would; a picture alone has neither."""
+    found = []
+    for ids in (None, ["a", "b"], [0, 1]):
+        body = {"instances": items[:2].tolist()} | ({} if ids is None else {"ids": ids})
+        found.append(service.client.post("/reconstruct", json=body, headers={"accept": "image/png"}).content)
+    assert found[0] == found[2] != found[1]
+    alone = service.client.post("/reconstruct", json={"instances": items[:1].tolist()}, headers={"accept": "image/png"})
+    assert pixels(alone.content).shape == (8, 8)
 
 
 def test_images_png_where_there_are_none_changes_nothing(service: Service) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.codecs.images import GRID_GAP_PX, encode_png
+from app.codecs.images import Grid, encode_png
 
 
 def opened(data: bytes) -> np.ndarray:
@@ -40,14 +40,44 @@ def test_values_beyond_the_range_are_clipped() -> None:
 )
 @pytest.mark.parametrize("channels", [1, 3])
 def test_several_pictures_make_one_grid(count: int, columns: int, rows: int, channels: int) -> None:
-    """Several pictures stand left to right, then down, with a grey gap, in a grid as square as can be."""
+    """Several pictures stand left to right, then down, each pixel as a square of its value, in a grid as square as can
+    be; what is between them is white, but for a frame around each and ink below it.
+    """
     height, width = 4, 6
-    arrays = np.stack([np.full((channels, height, width), index / 20, np.float32) for index in range(count)])
-    grid = opened(encode_png(arrays, (0, 1)))
-    step_y, step_x = height + GRID_GAP_PX, width + GRID_GAP_PX
-    assert grid.shape[:2] == (rows * step_y - GRID_GAP_PX, columns * step_x - GRID_GAP_PX)
-    expected = np.full_like(grid, 128)
-    for index in range(count):
-        y, x = index // columns * step_y, index % columns * step_x
-        expected[y : y + height, x : x + width] = round(index / 20 * 255)
-    assert (grid == expected).all()
+    arrays = np.random.default_rng(0).random((count, channels, height, width)).astype(np.float32)
+    grid, found = Grid(count, width, height), opened(encode_png(arrays, (0, 1)))
+    assert (grid.columns, grid.scale) == (columns, 14)
+    assert found.shape[:2] == grid.size[::-1]
+    assert grid.place(count - 1)[1] // grid.step[1] == rows - 1
+    for index, array in enumerate(arrays):
+        x, y = grid.place(index)
+        there = found[y : y + 14 * height, x : x + 14 * width].reshape(14 * height, 14 * width, channels)
+        expected = np.rint(array * 255).repeat(14, axis=1).repeat(14, axis=2).transpose(1, 2, 0)
+        assert (there == expected).all()
+        assert set(found[y - 1, x : x + 14 * width].ravel()) == {160}
+        assert (found[y + 14 * height + 1 : y + 14 * height + 16, x : x + 14 * width] < 100).any()
+    assert set(found[:7].ravel()) == {255}
+
+
+def ink(label: str | None) -> bytes:
+    """What is written below the second of two pictures."""
+    labels = None if label is None else ["", label]
+    found = opened(encode_png(np.zeros((2, 1, 28, 28), np.float32), (0, 1), labels))
+    grid = Grid(2, 28, 28)
+    x, y = grid.place(1)
+    return found[y + 28 * grid.scale + 1 :, x - 4 : x + 28 * grid.scale + 4].tobytes()
+
+
+def test_labels_are_the_indexes_or_those_given() -> None:
+    """Below a picture stands its index, or the label that was given, in one line and cut where it is too wide."""
+    assert ink(None) == ink("1") != ink("2")
+    assert ink("two\nlines \t here") == ink("two lines here")
+    assert ink("long " * 500) != ink("long") != ink("")
+    assert ink("Größe 猫 \x00 🐈") != ink("")
+
+
+def test_large_grids_stay_small() -> None:
+    """Thousands of pictures are not drawn larger than they are."""
+    assert Grid(4096, 28, 28).scale == 1
+    assert Grid(2, 512, 300).scale == 1
+    assert max(Grid(256, 28, 28).size) < 2048
