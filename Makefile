@@ -61,7 +61,7 @@ rolling: setup  ## 50 rolling restarts of two replicas behind nginx, under 64 cl
 many: setup  ## 200 artifacts served for a minute from memory for 20 of them (MODELS=, SECONDS=)
 	@MODELS=$(or $(MODELS),200) SECONDS=$(or $(SECONDS),60) $(python) -m pytest tests/app/test_lifecycle.py -k many
 
-bench-streams: setup  ## Memory of a stream of 100 000 items; JSON and binary tensors against a plain FastAPI app
+bench-streams: setup  ## Memory of a stream of 100 000 items, what leaving clients hold; JSON and binary tensors against FastAPI
 	@$(python) -m benchmarks.streams $(BENCH_FLAGS)
 
 fuzz: setup  ## Try every route of the served OpenAPI document with schemathesis (FUZZ_EXAMPLES=50)

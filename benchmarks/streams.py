@@ -1,7 +1,8 @@
-"""python -m benchmarks.streams: what a long bulk stream costs in memory, and what each form of numbers costs in time.
+"""python -m benchmarks.streams: what a long bulk stream costs in memory, what clients that leave one leave behind, and
+what each form of numbers costs in time.
 
-Prints both; the second compares, in one run and in turns, this service's JSON and binary tensors with a plain FastAPI
-app that validates its numbers with pydantic.
+Prints all three; the last compares, in one run and in turns, this service's JSON and binary tensors with a plain
+FastAPI app that validates its numbers with pydantic.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import httpx
 import numpy as np
 import typer
 
-from benchmarks import load, wrk
+from benchmarks import leavers, load, wrk
 from benchmarks.processes import Server, free_port, running
 
 ITEMS, VALUES = 100_000, 784
@@ -41,13 +42,15 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds in which the forms take turns.")] = 5,
     seconds: Annotated[int, typer.Option(help="Seconds of each measurement.")] = 3,
     connections: Annotated[int, typer.Option(help="Connections at the same time.")] = 16,
-    only: Annotated[str | None, typer.Option(help="stream or forms.")] = None,
+    only: Annotated[str | None, typer.Option(help="stream, leavers or forms.")] = None,
 ) -> None:
     """Measure streams and forms of numbers."""
     with tempfile.TemporaryDirectory(prefix="bench-streams-") as name:
-        if only != "forms":
+        if only in (None, "stream"):
             _stream(Path(name), items)
-        if only != "stream":
+        if only in (None, "leavers"):
+            _leavers(Path(name))
+        if only in (None, "forms"):
             _forms(Path(name), rounds, seconds, connections)
 
 
@@ -94,6 +97,13 @@ def _stream(folder: Path, items: int) -> None:
                 f"  {name:8} {took:6.1f} s, {items / took:7.0f} items/s, memory {idle / 1e6:.0f} MB idle, "
                 f"at most {(peak[0] - idle) / 1e6:+.0f} MB (promise: below 100)"
             )
+
+
+def _leavers(folder: Path) -> None:
+    line = json.dumps(_numbers(1)).encode() + b"\n"
+    with _start(folder, "-m", "app", "serve", "--port", "PORT") as server:
+        httpx.post(f"http://127.0.0.1:{server.port}/bulk/reconstruct", content=line * 2000)
+        leavers.measure(server, line)
 
 
 def _by_httpx(url: str, body: Path) -> bytes:

@@ -464,11 +464,7 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 def _other_answers(shows_pictures: bool) -> dict[str, Any]:
     """The OpenAPI response for a success, beside its JSON schema."""
-    picture = (
-        "with `Accept: image/png` a picture (several items: one labelled grid), "
-        if shows_pictures
-        else ""
-    )
+    picture = "with `Accept: image/png` a picture (several items: one labelled grid), " if shows_pictures else ""
     return {
         "description": f"One result per item; {picture}with `Accept: application/x-npy` the main array.",
         "headers": {

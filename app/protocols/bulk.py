@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -66,7 +67,8 @@ from app.settings import Settings
 NDJSON, CSV, ZIP, FORM = "application/x-ndjson", "text/csv", "application/zip", "multipart/form-data"
 _NDJSON_TYPES = ("", NDJSON, "application/ndjson", "application/jsonl", "application/x-jsonlines", JSON)
 _CHUNKS_WAITING = 2
-_AHEAD_BYTES = 1024 * 1024  # enough to notice that a client left while its items wait for the device
+_AHEAD_BYTES, _MOST_AHEAD_BYTES = 1024 * 1024, 16 * 1024 * 1024
+_LISTEN_AFTER_S = 0.1
 _ZIP_FILES_AT_ONCE = 32
 
 
@@ -170,12 +172,23 @@ class _Bulk:
             data = message.get("body", b"")
             self.arrived.put_nowait(data)
             self.ahead_bytes += len(data)
-            while more and self.ahead_bytes > _AHEAD_BYTES:
-                self.taken.clear()
-                await self.taken.wait()
+            if more and self.ahead_bytes > _AHEAD_BYTES:
+                await self._taken()
         else:
             self.arrived.put_nowait(None)
         await _until_left(receive)
+
+    async def _taken(self) -> None:
+        """Returns when more of the body may be received; after a while in any case, up to `_MOST_AHEAD_BYTES`.
+
+        That a client has left is told only behind what it had sent: where nothing moves, that has to be received.
+        """
+        patience_s = _LISTEN_AFTER_S if self.ahead_bytes < _MOST_AHEAD_BYTES else None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while self.ahead_bytes > _AHEAD_BYTES:
+                    self.taken.clear()
+                    await self.taken.wait()
 
     async def _read(self, group: asyncio.TaskGroup) -> None:
         """Reads the body and groups its items."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 from typing import IO, Self
 
@@ -48,8 +49,11 @@ class Spool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for segment in self._segments:
-            segment.file.close()
+        files = [segment.file for segment in self._segments]
+        if len(files) > 1:  # giving back a gigabyte of disk takes most of a second
+            asyncio.get_running_loop().run_in_executor(None, _close, files)
+        else:
+            _close(files)
         self._segments.clear()
         self._memory.clear()
 
@@ -117,3 +121,8 @@ class Spool:
         if segment.taken == segment.written:
             self._segments.popleft().file.close()
         return data
+
+
+def _close(files: Sequence[IO[bytes]]) -> None:
+    for file in files:
+        file.close()

@@ -6,12 +6,14 @@ import base64
 import gzip
 import io
 import json
+import os
 import socket
+import tempfile
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -336,14 +338,43 @@ def test_slow_reading_slows_the_work(narrow: Service) -> None:
     assert rows() - before < len(files)
 
 
-def test_a_client_that_leaves_frees_everything(service: Service) -> None:
-    """A connection closed amid a stream takes its rows out of the queue."""
-    with service.held_device():
-        with connect(service, "/bulk/encode HTTP/1.1\r\ntransfer-encoding: chunked") as sock:
-            sock.sendall(b"\r\n" + chunk(lines(GOOD) * 100))
-            service.until(lambda: service.app.state.catalog.batcher.waiting_rows > 0)
-        service.until(lambda: service.app.state.catalog.batcher.waiting_rows == 0)
-    service.until(lambda: "idle" in repr(service.app.state.catalog.batcher))
+def temporary_files() -> int:
+    """How many nameless files this process, which is the service's, has open."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # closed since they were listed
+            target = os.readlink(f"/proc/self/fd/{name}")
+            found += target.startswith(tempfile.gettempdir()) and target.endswith("(deleted)")
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
+def test_a_client_that_leaves_frees_everything(
+    store: Path, run_app: Callable[..., AbstractContextManager[Service]]
+) -> None:
+    """A connection closed amid a stream closes its spool and takes its rows out of the queue, whatever the device does;
+    nothing of it is run any more.
+    """
+    settings = Settings(models_store=store, log_format="json", ready_within_seconds=600)  # nobody else has rows waiting
+    with run_app(settings) as service:
+        batcher, before = service.app.state.catalog.batcher, temporary_files()
+
+        def rows() -> float:
+            return service.metric("hourglass_rows_total", model="tiny", capability="reconstruct")
+
+        with connect(service, "/bulk/reconstruct?model=tiny HTTP/1.1\r\ntransfer-encoding: chunked") as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(b"\r\n" + chunk(lines(GOOD) * 12_000))  # 8 MB of answers, more than sockets hold
+            service.until(lambda: rows() == 12_000)
+            assert temporary_files() > before
+            with service.held_device():
+                sock.sendall(chunk(lines(GOOD) * 5000))  # more than is received while nothing moves
+                service.until(lambda: batcher.waiting_rows > 0)
+                sock.close()
+                service.until(lambda: batcher.waiting_rows == 0)
+                service.until(lambda: temporary_files() == before)
+        service.until(lambda: "idle" in repr(batcher))
+        assert rows() <= 12_000 + 16  # the batch that was on its way to the device
 
 
 def test_a_body_that_stops_is_a_timeout(service: Service) -> None:
