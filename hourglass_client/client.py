@@ -94,6 +94,12 @@ def _column(response: httpx.Response, name: str) -> NDArray[np.float32]:
     return np.asarray([result[name] for result in _results(response)], dtype=np.float32)
 
 
+def _pictures(response: httpx.Response) -> list[Image.Image]:
+    names = ("reconstruction", "denoised", "inpainted", "sample")
+    files = [next(result[name] for name in names if name in result) for result in _results(response)]
+    return [Image.open(io.BytesIO(base64.b64decode(file))) for file in files]
+
+
 def _error(response: httpx.Response) -> HourglassError:
     try:
         body = response.json()
@@ -195,6 +201,12 @@ class Client(_Options):
         body = {"count": count} if seed is None else {"count": count, "seed": seed}
         return _column(self._post(_call("/sample", model, body)), "sample")
 
+    def pictures(
+        self, route: str, items: Iterable[Item], *, model: str | None = None, **parameters: object
+    ) -> list[Image.Image]:
+        """What `reconstruct`, `denoise` or `interpolate` answers, as pictures of 8 bits a channel."""
+        return _pictures(self._post(_items(f"/{route}", items, model, images="png", **parameters)))
+
     def bulk(
         self, route: str, items: Iterable[Item], *, model: str | None = None, **parameters: object
     ) -> Iterator[dict[str, Any]]:
@@ -277,6 +289,12 @@ class AsyncClient(_Options):
         """New items, (count, *shape)."""
         body = {"count": count} if seed is None else {"count": count, "seed": seed}
         return _column(await self._post(_call("/sample", model, body)), "sample")
+
+    async def pictures(
+        self, route: str, items: Iterable[Item], *, model: str | None = None, **parameters: object
+    ) -> list[Image.Image]:
+        """Answers as pictures, as `Client.pictures`."""
+        return _pictures(await self._post(_items(f"/{route}", items, model, images="png", **parameters)))
 
     async def bulk(
         self, route: str, items: Iterable[Item], *, model: str | None = None, **parameters: object

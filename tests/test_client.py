@@ -42,6 +42,9 @@ def test_pictures_and_arrays_are_the_same(base_url: str) -> None:
         assert client.decode(latents[0], model="mnist-conv").shape == (1, 1, 28, 28)
         assert client.reconstruct([path, image]).shape == (2, 1, 28, 28)
         assert client.denoise([path]).shape == (1, 1, 28, 28)
+        shown, numbers = client.pictures("denoise", [path])[0], client.denoise([path])[0, 0]
+        assert (np.asarray(shown) == np.rint(numbers * 255)).all()
+        assert len(client.pictures("interpolate", [path, image], model="mnist-conv", steps=3)) == 3
         assert (client.sample(2, seed=1) == client.sample(2, seed=1)).all()
         verdict = client.anomaly_score([path], target_fpr=0.05)[0]
         assert verdict["target_fpr"] == 0.05
@@ -58,6 +61,7 @@ def test_pictures_and_arrays_are_the_same(base_url: str) -> None:
         async with AsyncClient(base_url) as client:
             assert (await client.encode([image], model="mnist-conv") == latents[0]).all()
             assert (await client.anomaly_score([path], target_fpr=0.05))[0] == verdict
+            assert (await client.pictures("denoise", [path]))[0].tobytes() == shown.tobytes()
             assert [answer["index"] async for answer in client.bulk("encode", [path, path])] == [0, 1]
 
     asyncio.run(asynchronously())

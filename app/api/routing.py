@@ -451,6 +451,13 @@ HEADER_PARAMETERS: list[dict[str, Any]] = [
         "schema": {"type": "integer", "minimum": 1, "maximum": 600_000},
     },
     {
+        "name": "X-Request-Priority",
+        "in": "header",
+        "required": False,
+        "description": "Higher ones leave the queue first; 0 if absent.",
+        "schema": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    {
         "name": "X-Request-Id",
         "in": "header",
         "required": False,

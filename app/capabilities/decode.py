@@ -28,6 +28,7 @@ class Decoded(BaseModel):
 
 _LATENTS_BODY: dict[str, Any] = {
     JSON: {
+        "examples": {"of 16 numbers, as mnist-variational takes": {"value": {"latents": [[0.5, -0.5] * 8]}}},
         "schema": {
             "type": "object",
             "required": ["latents"],
@@ -40,7 +41,7 @@ _LATENTS_BODY: dict[str, Any] = {
                     "items": {"type": "array", "items": {"type": "number"}},
                 }
             },
-        }
+        },
     },
     NPY: {"schema": {"type": "string", "format": "binary", "description": "(n, latent_dim) float array."}},
 }

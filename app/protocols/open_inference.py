@@ -41,7 +41,15 @@ from app.api.envelope import HotPattern
 from app.api.errors import Problem, problem_body, problem_responses
 from app.api.health import livez
 from app.api.responses import json_response
-from app.api.routing import COMMON_ERRORS, ItemsQuery, RawRoute, Results, parse_query, until_disconnect
+from app.api.routing import (
+    COMMON_ERRORS,
+    HEADER_PARAMETERS,
+    ItemsQuery,
+    RawRoute,
+    Results,
+    parse_query,
+    until_disconnect,
+)
 from app.artifacts.manifest import Capability, Manifest
 from app.artifacts.pictures import pixels_to_range
 from app.capabilities.anomaly_score import AnomalyQuery, anomaly_score
@@ -830,10 +838,24 @@ _TENSORS_IN = {
         },
     },
 }
+_LATENT_IN = {"name": _LATENT, "shape": [1, 16], "datatype": "FP32", "data": [0.5, -0.5] * 8}
 _INFER_BODY = {
     "required": True,
     "content": {
         "application/json": {
+            "examples": {
+                "decode a latent vector, as mnist-variational can": {
+                    "value": {"inputs": [_LATENT_IN], "outputs": [{"name": "decoded"}]}
+                },
+                "draw samples, as mnist-variational can": {
+                    "value": {
+                        "id": "two",
+                        "inputs": [],
+                        "outputs": [{"name": "sample"}],
+                        "parameters": {"seed": 7, "count": 2, "timeout": 5_000_000},
+                    }
+                },
+            },
             "schema": {
                 "type": "object",
                 "required": ["inputs"],
@@ -888,7 +910,10 @@ for _path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/i
             **_responses(error for error in COMMON_ERRORS if error not in (errors.NotAcceptable, errors.NoModels)),
         },
         openapi_extra={
-            "parameters": [entry for entry in (_NAME, _VERSION) if f"{{{entry['name']}}}" in _path],
+            "parameters": [
+                *(entry for entry in (_NAME, _VERSION) if f"{{{entry['name']}}}" in _path),
+                *HEADER_PARAMETERS,
+            ],
             "requestBody": _INFER_BODY,
         },
         route_class_override=RawRoute,

@@ -119,6 +119,30 @@ def test_every_form_of_body_has_the_same_answers(service: Service) -> None:
     assert all(answer == answers[0] for answer in answers)
 
 
+def test_records_as_csv(records_store: Path, run_app: Callable[..., AbstractContextManager[Service]]) -> None:
+    """Records come as CSV, their columns in any order, with ids; a row that is none fails alone, a head that is none
+    refuses the stream.
+    """
+    rows = np.random.default_rng(5).normal(size=(40, 64)).astype(np.float32)
+    names = [f"f{number}" for number in reversed(range(64))]
+    table = [",".join(["id", *names])] + [
+        ",".join([f"r{index}", *(str(value) for value in row[::-1])]) for index, row in enumerate(rows)
+    ]
+    table[3] = "r2,1,2"
+    table[4] = table[4].rsplit(",", 1)[0] + ",many"
+    with run_app(Settings(models_store=records_store, log_format="json")) as service:
+        found = bulk(service, "\n".join(table).encode(), "anomaly-score", "text/csv")
+        own = service.client.post("/anomaly-score", json={"instances": rows.astype(float).tolist()}).json()["results"]
+        assert [line["code"] for line in found[:-1] if "code" in line] == ["shape_mismatch", "invalid_input"]
+        assert found[-1]["summary"]["ok"] == 38
+        for index in (0, 1, *range(4, 40)):
+            assert found[index]["id"] == f"r{index}"
+            np.testing.assert_allclose(found[index]["score"], own[index]["score"], atol=1e-5)
+        for head in ("f0,f1", ",".join(["colour", *names])):
+            answer = service.client.post("/bulk/encode", content=head + "\n1,2\n", headers={"content-type": "text/csv"})
+            assert (answer.status_code, answer.json()["code"]) == (400, "invalid_input"), answer.text
+
+
 def test_any_split_of_the_bytes_is_the_same(service: Service) -> None:
     """However the network cuts a body, its answers are the same."""
     form = b"".join(

@@ -122,6 +122,38 @@ def test_triton_client_asynchronously(service: Service) -> None:
         assert result.as_numpy("is_anomaly").dtype == np.bool_
 
 
+def test_triton_client_asynchronously_in_json(service: Service, client: triton.InferenceServerClient) -> None:
+    """The asyncio client's JSON tensors, versions, optional inputs and timeouts do what the other client's do."""
+    latent = np.array([[0.5, -1, 0, 2]], np.float32)
+
+    async def use(client: Any) -> Any:
+        found = [
+            await client.infer("tiny", [tensor(binary=False)], version, outputs=wanted("latent", binary=False))
+            for version in ("", "1", "2")
+        ]
+        given = [tensor(latent, name="latent", binary=False)]
+        decoded = await client.infer("tiny", given, outputs=wanted("decoded", binary=False))
+        await client.infer("tiny", [tensor()], outputs=wanted("latent"), priority=1, timeout=5_000_000)
+        with pytest.raises(InferenceServerException, match="tiny has the versions 1, 2; found 9"):
+            await client.infer("tiny", [tensor()], "9")
+        return found, decoded
+
+    async def wait(client: Any) -> None:
+        with pytest.raises(InferenceServerException, match=r"deadline: no answer within 20 ms") as caught:
+            await client.infer("tiny", [tensor(binary=False)], outputs=wanted("latent"), timeout=20_000)
+        assert caught.value.status() == "504"
+
+    found, decoded = asynchronously(service, use)
+    for version, result in zip(("2", "1", "2"), found, strict=True):
+        assert result.get_response()["model_version"] == version
+        own = client.infer("tiny", [tensor()], version, outputs=wanted("latent"))
+        assert (result.as_numpy("latent") == own.as_numpy("latent")).all()
+    own = client.infer("tiny", [tensor(latent, name="latent")], outputs=wanted("decoded"))
+    assert (decoded.as_numpy("decoded") == own.as_numpy("decoded")).all()
+    with service.held_device():
+        asynchronously(service, wait)
+
+
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
 def test_inference_gives_the_routes_numbers(
