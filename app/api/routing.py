@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from functools import lru_cache
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
-import anyio
-import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
@@ -29,6 +26,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from app import errors
+from app.api.decoding import decode
 from app.api.dependencies import (
     Model,
     catalog_of,
@@ -54,9 +52,6 @@ HTML = "text/html"  # what a browser asks for; it gets JSON, pictures too being 
 INLINE_BYTES = 128 * 1024
 INLINE_PIXELS = 256 * 256
 _WATCH_AFTER_S = 0.01
-# A large picture takes a core and hundreds of megabytes while it is decoded: no more of them at once than there are
-# cores, and never as many as threads could be had.
-DECODERS = anyio.CapacityLimiter(min(os.cpu_count() or 1, 8))
 
 COMMON_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.InvalidInput,
@@ -195,13 +190,13 @@ class InferenceRouter(APIRouter):
             if len(body.data) <= INLINE_BYTES:
                 found = read_items(body, spec, limits, masked=masked)
             else:
-                found = await anyio.to_thread.run_sync(
-                    lambda: read_items(body, spec, limits, masked=masked), limiter=DECODERS
-                )
+                found = await decode(lambda _: read_items(body, spec, limits, masked=masked), model.terms, inline=False)
             if found.pixels <= INLINE_PIXELS:
                 return bring_to_input(found, spec, invert=query_invert(query))
-            return await anyio.to_thread.run_sync(
-                lambda: bring_to_input(found, spec, invert=query_invert(query)), limiter=DECODERS
+            return await decode(
+                lambda check: bring_to_input(found, spec, invert=query_invert(query), check=check),
+                model.terms,
+                inline=False,
             )
 
         declare = self._declare(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -105,7 +105,9 @@ def read_items(body: Body, spec: InputSpec, limits: Limits, *, masked: bool = Fa
     )
 
 
-def bring_to_input(read: ReadItems, spec: InputSpec, *, invert: bool | None) -> Items:
+def bring_to_input(
+    read: ReadItems, spec: InputSpec, *, invert: bool | None, check: Callable[[], None] = lambda: None
+) -> Items:
     """The items as the model takes them.
 
     Args:
@@ -113,16 +115,22 @@ def bring_to_input(read: ReadItems, spec: InputSpec, *, invert: bool | None) -> 
         spec: the manifest's `input`.
         invert: True inverts every item, for dark on light; False inverts none; None leaves pictures to the
             manifest's polarity rule and arrays as they are.
+        check: called before each item; what it raises ends the work.
 
-    Raises ImageNotDecodable, naming the item's index.
+    One picture is decoded at a time. Raises ImageNotDecodable, naming the item's index.
     """
     values = np.empty((len(read.entries), *spec.shape), dtype=np.float32)
     for index, entry in enumerate(read.entries):
+        check()
         values[index] = entry_to_input(entry, index, spec, invert=invert)
     if not read.masks:
         return Items(values, read.ids)
+    found = []
+    for index, mask in enumerate(read.masks):
+        check()
+        found.append(mask_entry_to_input(mask, index, spec))
     masks = np.empty((len(read.entries), *spec.mask_shape), dtype=np.float32)  # one that is read may do for all
-    masks[:] = np.stack([mask_entry_to_input(mask, index, spec) for index, mask in enumerate(read.masks)])
+    masks[:] = np.stack(found)
     return Items(values, read.ids, masks)
 
 

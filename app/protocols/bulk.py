@@ -60,7 +60,7 @@ from app.codecs.streams import (
     StreamReader,
     ZipReader,
 )
-from app.protocols.chunks import CHUNK_BYTES, Answer, ChunkAnswerer, Summary, chunk_rows, spec_of
+from app.protocols.chunks import CHUNK_BYTES, Answer, ChunkAnswerer, Summary, chunk_rows, spec_of, weight_of
 from app.protocols.spool import Spool
 from app.settings import Settings
 
@@ -233,7 +233,7 @@ class _Bulk:
 
     async def _add(self, item: StreamItem, group: asyncio.TaskGroup) -> None:
         self.pending.append(item)
-        self.pending_bytes += item.held_bytes
+        self.pending_bytes += weight_of(item)
         if len(self.pending) >= self.chunk_rows or self.pending_bytes >= CHUNK_BYTES:
             await self._flush(group)
 
@@ -337,7 +337,7 @@ def _some(items: Iterator[StreamItem]) -> list[StreamItem]:
     held_bytes = 0
     for item in islice(items, _ZIP_FILES_AT_ONCE):
         found.append(item)
-        held_bytes += item.held_bytes
+        held_bytes += weight_of(item)
         if held_bytes > CHUNK_BYTES:
             break
     return found

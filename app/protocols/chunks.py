@@ -11,21 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from app import errors
+from app.api.decoding import Check, decode
 from app.api.dependencies import Model, Terms
-from app.api.routing import DECODERS, INLINE_PIXELS, ItemsRoute, ModelQuery, query_invert, result_rows
+from app.api.routing import INLINE_PIXELS, ItemsRoute, ModelQuery, query_invert, result_rows
 from app.artifacts.manifest import Capability, InputSpec, Manifest
 from app.codecs.items import Items, entry_to_input, mask_entry_to_input
 from app.codecs.streams import StreamItem
 from app.served_model import ServedModel
 
 CHUNK_BYTES = 8 * 1024 * 1024
-"""A chunk ends with the item that reaches this, however few there are."""
+"""A chunk ends with the item whose weight reaches this, however few there are."""
+_PIXELS_PER_BYTE = 4  # a file of some kilobytes may take a second to decode
 
 _RETRY_S = 0.02
 # What concerns the items of a chunk and not the stream; anything else ends it.
@@ -76,6 +77,11 @@ def chunk_rows(served: ServedModel, max_queue_rows: int) -> int:
     return max(1, min(served.manifest.max_batch_size, max_queue_rows))
 
 
+def weight_of(item: StreamItem) -> int:
+    """What an item adds to its chunk, in bytes: those that it holds, and some for the pixels still to be decoded."""
+    return item.held_bytes + _pixels(item) // _PIXELS_PER_BYTE
+
+
 @dataclass(frozen=True)
 class ChunkAnswerer:
     """Answers chunks of items as one route of one model does; each chunk has `timeout_ms` from its beginning on."""
@@ -89,7 +95,7 @@ class ChunkAnswerer:
 
     async def answer(self, items: Sequence[StreamItem], start: int) -> list[Answer]:
         """One answer for each item, in order; the first has the index `start`. Raises what concerns them all."""
-        decoded = await self._decode(items, start)
+        decoded = await self._decode(items, start, self._terms())
         good = [(index, found) for index, found in enumerate(decoded) if not isinstance(found, errors.ServiceError)]
         answers: dict[int, Answer] = {
             index: found for index, found in enumerate(decoded) if isinstance(found, errors.ServiceError)
@@ -102,16 +108,24 @@ class ChunkAnswerer:
             answers |= {index: row for (index, _), row in zip(good, rows, strict=True)}
         return [answers[index] for index in range(len(items))]
 
-    async def _decode(self, items: Sequence[StreamItem], start: int) -> list[_Decoded | errors.ServiceError]:
-        """Each item as the model takes it; an error in place of one that cannot be."""
+    def _terms(self) -> Terms:
+        """Terms whose time begins now."""
+        now = asyncio.get_running_loop().time()
+        return Terms(self.timeout_ms, now + self.timeout_ms / 1000, self.caller, self.priority)
+
+    async def _decode(
+        self, items: Sequence[StreamItem], start: int, terms: Terms
+    ) -> list[_Decoded | errors.ServiceError]:
+        """Each item as the model takes it; an error in place of one that cannot be, or of all if they take too long."""
         spec, invert = spec_of(self.route, self.served.manifest), query_invert(self.query)
 
-        def decode() -> list[_Decoded | errors.ServiceError]:
+        def work(check: Check) -> list[_Decoded | errors.ServiceError]:
             found: list[_Decoded | errors.ServiceError] = []
             for index, item in enumerate(items, start):
                 if isinstance(item.entry, errors.ServiceError):
                     found.append(item.entry)
                     continue
+                check()
                 try:
                     mask = None if item.mask is None else mask_entry_to_input(item.mask, index, spec)
                     found.append((entry_to_input(item.entry, index, spec, invert=invert), mask))
@@ -119,15 +133,14 @@ class ChunkAnswerer:
                     found.append(error)
             return found
 
-        pictures = [item.entry for item in items if isinstance(item.entry, Image.Image)]
-        if sum(picture.width * picture.height for picture in pictures) <= INLINE_PIXELS:
-            return decode()
-        return await anyio.to_thread.run_sync(decode, limiter=DECODERS)
+        try:
+            return await decode(work, terms, inline=sum(map(_pixels, items)) <= INLINE_PIXELS)
+        except errors.DeadlineExceeded as error:
+            return [errors.DeadlineExceeded(f"item {start + index}: {error}") for index in range(len(items))]
 
     async def _rows(self, items: Items, indexes: list[int]) -> list[Answer]:
         """Each item's answer, or the error that is its own; a chunk that fails is halved until it stands alone."""
-        loop = asyncio.get_running_loop()
-        terms = Terms(self.timeout_ms, loop.time() + self.timeout_ms / 1000, self.caller, self.priority)
+        loop, terms = asyncio.get_running_loop(), self._terms()
         while True:
             try:
                 results = await self.route.endpoint(items, Model(self.served, terms), self.query)
@@ -143,6 +156,11 @@ class ChunkAnswerer:
                 middle = len(indexes) // 2
                 halves = (slice(None, middle), slice(middle, None))
                 return [row for half in halves for row in await self._rows(_part(items, half), indexes[half])]
+
+
+def _pixels(item: StreamItem) -> int:
+    pictures = [entry for entry in (item.entry, item.mask) if isinstance(entry, Image.Image)]
+    return sum(picture.width * picture.height for picture in pictures)
 
 
 def _part(items: Items, which: slice) -> Items:

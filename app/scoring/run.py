@@ -20,7 +20,7 @@ from app.artifacts.manifest import Capability, InputSpec
 from app.capabilities import anomaly_score
 from app.catalog import Catalog, Wish
 from app.inference.loaded_model import select_devices
-from app.protocols.chunks import CHUNK_BYTES, Answer, ChunkAnswerer, Summary, chunk_rows
+from app.protocols.chunks import CHUNK_BYTES, Answer, ChunkAnswerer, Summary, chunk_rows, weight_of
 from app.scoring.sources import Found, Sources, read_items
 from app.scoring.tables import Table
 from app.served_model import ServedModel
@@ -135,7 +135,7 @@ def _chunks(sources: Sources, spec: InputSpec, settings: Settings, most_rows: in
         read_bytes = 0
         for one in read_items(path, spec, settings):
             found.append(one)
-            held_bytes += one.item.held_bytes
+            held_bytes += weight_of(one.item)
             read_bytes = one.read_bytes
             if len(found) >= most_rows or held_bytes >= CHUNK_BYTES:
                 yield _Chunk(found, before + read_bytes)
