@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import warnings
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,21 @@ DEFAULT_MAX_PIXELS = 40_000_000
 Image.MAX_IMAGE_PIXELS = None  # the limit is `max_pixels` below, enforced before a pixel is decoded
 # Pillow remarks on damaged metadata of whatever anybody uploads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _silence_libtiff() -> None:
+    """Libtiff writes its remarks on damaged files to stderr by itself; what matters of them, Pillow raises.
+
+    Where its functions cannot be reached through Pillow's own library, it goes on doing so.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(Image.core.__file__)
+        for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            set_handler(None)
+
+
+_silence_libtiff()
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

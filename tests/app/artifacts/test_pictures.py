@@ -364,3 +364,20 @@ def test_a_manifest_without_pictures_is_the_callers_mistake() -> None:
     """Records have no pictures: asking for one is a programming error."""
     with pytest.raises(ValueError, match="describes a picture"):
         picture_to_input(Image.new("L", (8, 8)), InputSpec(shape=(64,)))
+
+
+def test_libtiff_keeps_to_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    """A TIFF whose compressed pixels are damaged is refused, and the C library below writes nothing to stderr."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "TIFF", compression="tiff_lzw")
+    refused = 0
+    for position in range(8, stream.tell(), 97):
+        damaged = bytearray(stream.getvalue())
+        damaged[position] ^= 0xFF
+        try:
+            picture_to_input(open_picture(bytes(damaged)), GREY)
+        except (ImageNotDecodable, PayloadTooLarge):
+            refused += 1
+    assert refused > 5
+    assert capfd.readouterr().err == ""
