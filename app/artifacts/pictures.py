@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, _imaging
 
 from app.artifacts.manifest import InputSpec, PictureSpec
 from app.errors import ImageNotDecodable, PayloadTooLarge
@@ -28,7 +28,7 @@ def _silence_libtiff() -> None:
     Where its functions cannot be reached through Pillow's own library, it goes on doing so.
     """
     with suppress(OSError, AttributeError):
-        library = ctypes.CDLL(Image.core.__file__)
+        library = ctypes.CDLL(_imaging.__file__)
         for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
             set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
             set_handler(None)
