@@ -83,7 +83,7 @@ def serve(
         _announce(settings, sock.getsockname()[1])
     server = Server(
         uvicorn.Config(
-            app,
+            app.state.served,  # FastAPI's own entrance, around it, has nothing to do here
             http=HttpConnection,
             ws="none",
             log_config=log_config,

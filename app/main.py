@@ -18,6 +18,7 @@ from app.api.drain import Drain
 from app.api.envelope import Envelope
 from app.api.errors import problem_response
 from app.api.security import Keys
+from app.api.services import Services
 from app.capabilities import ROUTERS
 from app.catalog import Catalog
 from app.control import ModelControl
@@ -92,22 +93,18 @@ def create_app(settings: Settings, member: Member | None = None, end: Callable[[
     )
 
     metrics = Metrics(lambda: app.state.fleet)
-    app.state.settings = settings
-    app.state.metrics = metrics
-    app.state.drain = drain
+    app.state = Services(settings, metrics, drain)  # type: ignore[assignment]  # typed, where Starlette's is open
     for router in (*ROUTERS, models.router, health.router, open_inference.router, bulk.router):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     hot = {path: handler for router in ROUTERS for path, handler in router.hot.items()} | bulk.HOT
-    app.add_middleware(
-        Envelope, hot=hot, hot_patterns=(open_inference.HOT_PATTERN,), metrics=metrics, keys=keys, drain=drain
-    )
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
+    app.state.served = Envelope(app, hot, (open_inference.HOT_PATTERN,), metrics, keys, drain)
     return app
 
 

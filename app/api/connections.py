@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.drain import Drain
 from app.api.errors import problem_body
+from app.api.in_flight import CONNECTION, InFlight
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 1000
@@ -52,6 +55,46 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class CorkedTransport:
+    """A transport that can hold back what is written to it, so that a head and its body leave in one piece: each write
+    is a call of the kernel, and for a small answer the greater part of its cost.
+
+    Args:
+        transport: asyncio's, which does everything.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: list[bytes] | None = None
+        # What is asked for with every request, without a detour.
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def cork(self) -> None:
+        """Holds back what is written from now on."""
+        self._held = []
+
+    def uncork(self) -> None:
+        """Writes what was held back."""
+        held, self._held = self._held, None
+        if held:
+            self._transport.write(b"".join(held))
+
+    def write(self, data: bytes) -> None:
+        """Writes, or holds back."""
+        if self._held is None:
+            self._transport.write(data)
+        else:
+            self._held.append(data)
+
+    def close(self) -> None:
+        """Closes, after everything that was written."""
+        self.uncork()
+        self._transport.close()
+
+
 class HttpConnection(HttpToolsProtocol):
     """One connection, with bounds that uvicorn leaves open: on the bytes of request lines, headers, trailers and chunk
     headers, and on requests sent ahead of their answers.
@@ -59,8 +102,24 @@ class HttpConnection(HttpToolsProtocol):
     What is no HTTP gets the service's own error answer.
     """
 
+    working: InFlight | None = None
+    """The request that is worked on; at most one, however many were sent ahead."""
+
     _head_bytes = 0
     """Received since a request began, or since the parser last gave a part of its body."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Called when somebody has connected."""
+        self.corked = CorkedTransport(transport)
+        super().connection_made(cast("asyncio.Transport", self.corked))
+
+    def cork(self) -> None:
+        """Holds back what is written, until `uncork`."""
+        self.corked.cork()
+
+    def uncork(self) -> None:
+        """Writes what was held back in one piece."""
+        self.corked.uncork()
 
     def data_received(self, data: bytes) -> None:
         """Parses what arrived, unless a head grows beyond `MAX_HEAD_BYTES`."""
@@ -75,10 +134,17 @@ class HttpConnection(HttpToolsProtocol):
         elif len(self.pipeline) > MAX_PIPELINED:
             self.send_400_response(f"connection: expected at most {MAX_PIPELINED} requests sent ahead, found more")
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called when the connection is gone, whoever closed it."""
+        super().connection_lost(exc)
+        if self.working is not None:
+            self.working.leave()
+
     def on_message_begin(self) -> None:
         """Called by the parser."""
         self._head_bytes = 0
         super().on_message_begin()
+        cast("dict[str, object]", self.scope)[CONNECTION] = self
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""

@@ -3,67 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from app.artifacts.calibration import Calibration
 from app.artifacts.manifest import Capability, Manifest
 from app.artifacts.store import Projection
-from app.catalog import Catalog
 from app.codecs.bodies import Body, decompress, parse_content_type
-from app.control import ModelControl
 from app.errors import DeadlineExceeded, InvalidParameter, PayloadTooLarge
-from app.fleet import Fleet
-from app.health import Health
-from app.observability.metrics import Metrics
 from app.served_model import ServedModel
 from app.settings import Settings
 
+_HEADERS = "hourglass.headers"
 MAX_TIMEOUT_MS = 600_000
 MAX_PRIORITY = 9
-
-
-def catalog_of(request: Request) -> Catalog:
-    """The application's catalog."""
-    catalog: Catalog = request.app.state.catalog
-    return catalog
-
-
-def fleet_of(request: Request) -> Fleet:
-    """The workers of the service."""
-    fleet: Fleet = request.app.state.fleet
-    return fleet
-
-
-def health_of(request: Request) -> Health:
-    """How the devices and threads of this process are."""
-    health: Health = request.app.state.health
-    return health
-
-
-def control_of(request: Request) -> ModelControl:
-    """Loads and unloads models, in all workers."""
-    control: ModelControl = request.app.state.control
-    return control
-
-
-def metrics_of(request: Request) -> Metrics:
-    """The application's metrics."""
-    metrics: Metrics = request.app.state.metrics
-    return metrics
-
-
-def settings_of(request: Request) -> Settings:
-    """The application's settings."""
-    settings: Settings = request.app.state.settings
-    return settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +101,11 @@ def _with_batch_axis(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]
 
 
 def headers_of(scope: Any) -> dict[bytes, bytes]:
-    """The request's headers by lower-case name, the last of equals; one pass instead of one for each look-up."""
-    return dict(scope["headers"])
+    """The request's headers by lower-case name, the last of equals; one pass for all who look something up."""
+    headers: dict[bytes, bytes] | None = scope.get(_HEADERS)
+    if headers is None:
+        headers = scope[_HEADERS] = dict(scope["headers"])
+    return headers
 
 
 def read_terms(scope: Any, headers: dict[bytes, bytes], settings: Settings) -> Terms:
@@ -168,21 +131,20 @@ def _integer(headers: dict[bytes, bytes], name: str, low: int, high: int) -> int
     return int(text)
 
 
-async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int, terms: Terms) -> Body:
-    """The whole body, decompressed, at most `limit` bytes before and after.
+async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> Body:
+    """The whole body, decompressed, at most `limit` bytes before and after; to be called within an `InFlight`.
 
-    Raises PayloadTooLarge as soon as the limit is passed, without reading on, and DeadlineExceeded for a body that is
-    not there in time.
+    Raises PayloadTooLarge as soon as the limit is passed, without reading on, and ClientDisconnect.
     """
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared[:20]) > limit:
         raise PayloadTooLarge(f"body: expected at most {limit} bytes, found {int(declared[:20])}")
-    message = await _receive(receive, terms)
+    message = await _receive(receive)
     data: bytes = message.get("body", b"")
     if message.get("more_body"):
         chunks, size = [data], len(data)
         while message.get("more_body") and size <= limit:
-            message = await _receive(receive, terms)
+            message = await _receive(receive)
             chunk = message.get("body", b"")
             chunks.append(chunk)
             size += len(chunk)
@@ -194,15 +156,11 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int, t
     return Body(data, *_content_type(headers.get(b"content-type", b"")))
 
 
-async def _receive(receive: Receive, terms: Terms) -> dict[str, Any]:
-    try:
-        async with asyncio.timeout_at(terms.deadline):
-            message = await receive()
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"deadline: the body was not there within {terms.timeout_ms} ms") from error
+async def _receive(receive: Receive) -> MutableMapping[str, Any]:
+    message = await receive()
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
-    return dict(message)
+    return message
 
 
 def _content_type(header: bytes) -> tuple[str, dict[str, str]]:

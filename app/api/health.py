@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from app import errors
-from app.api.dependencies import fleet_of, health_of, metrics_of
 from app.api.errors import INTERNAL, STATUS, Problem, problem_body
 from app.api.responses import json_response
+from app.api.services import services_of
 
 router = APIRouter(tags=["service"])
 
@@ -76,7 +76,7 @@ def _probe(path: str, *, answers: type[BaseModel], summary: str, **more: Any) ->
 )
 async def livez(request: Request) -> Response:
     """200 while the event loop answers and the threads that watch over it live; says nothing about models."""
-    reasons = health_of(request).reasons_not_live
+    reasons = services_of(request).health.reasons_not_live
     if not reasons:
         return json_response({"live": True})
     body = problem_body(
@@ -96,10 +96,10 @@ async def readyz(request: Request) -> Response:
 
     A model that nobody asks is asked by the service itself. Overload is no reason, draining is one.
     """
-    reasons = fleet_of(request).reasons_not_ready()
+    reasons = services_of(request).fleet.reasons_not_ready()
     if not reasons:
         return json_response({"ready": True, "reasons": []})
-    code = STATUS[errors.Draining if fleet_of(request).is_draining else errors.NotReady][1]
+    code = STATUS[errors.Draining if services_of(request).fleet.is_draining else errors.NotReady][1]
     body = problem_body(
         "not ready: " + "; ".join(reasons), code, request.scope["request_id"], ready=False, reasons=reasons
     )
@@ -109,10 +109,10 @@ async def readyz(request: Request) -> Response:
 @_probe("/startupz", answers=Startup, summary="Loading progress")
 async def startupz(request: Request) -> Response:
     """How many artifacts of the store are loaded, refused and still to come."""
-    versions = fleet_of(request).versions().values()
+    versions = services_of(request).fleet.versions().values()
     return json_response(
         {
-            "done": fleet_of(request).is_loaded,
+            "done": services_of(request).fleet.is_loaded,
             "loaded": sum(version.state == "ready" for version in versions),
             "refused": sum(version.state == "refused" for version in versions),
             "unloaded": sum(version.state == "unloaded" for version in versions),
@@ -129,4 +129,4 @@ async def startupz(request: Request) -> Response:
 )
 async def metrics(request: Request) -> Response:
     """Every metric in Prometheus' text format."""
-    return Response(metrics_of(request).exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(services_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from app import errors
-from app.api.dependencies import catalog_of, control_of, fleet_of
 from app.api.errors import problem_responses
 from app.api.responses import Pair, json_response
+from app.api.services import services_of
 from app.fleet import VersionState
 
 router = APIRouter(tags=["models"])
@@ -109,7 +109,7 @@ async def show_model(request: Request) -> Response:
 )
 async def show_projection(request: Request) -> Response:
     """Known items on the map that `/encode?project=true` places others on."""
-    served = catalog_of(request).find(request.path_params["name"])
+    served = services_of(request).catalog.find(request.path_params["name"])
     if served.projection is None:
         raise errors.CapabilityNotSupported(f"{served} has no map of its latent space")
     labels = served.manifest.labels or ()
@@ -164,7 +164,7 @@ async def load_model(request: Request) -> Response:
     is kept in memory beside the highest ones.
     """
     name = request.path_params["name"]
-    await control_of(request).load(name, _version(request))
+    await services_of(request).control.load(name, _version(request))
     return await show_model(request)
 
 
@@ -181,7 +181,7 @@ async def unload_model(request: Request) -> Response:
     Holds until the next load, or until the service ends.
     """
     name = request.path_params["name"]
-    await control_of(request).unload(name, _version(request))
+    await services_of(request).control.unload(name, _version(request))
     return await show_model(request)
 
 
@@ -198,7 +198,7 @@ async def roll_model_back(request: Request) -> Response:
     Holds until the next load without a version, or until the service ends.
     """
     name = request.path_params["name"]
-    await control_of(request).rollback(name, _version(request))
+    await services_of(request).control.rollback(name, _version(request))
     return await show_model(request)
 
 
@@ -218,7 +218,7 @@ def _version(request: Request) -> int | None:
 def _models(request: Request) -> dict[str, list[VersionState]]:
     """Every name with its versions, ascending, as all workers together have them."""
     models: dict[str, list[VersionState]] = {}
-    states = fleet_of(request).versions()
+    states = services_of(request).fleet.versions()
     for key in sorted(states):
         models.setdefault(key[0], []).append(states[key])
     return models
@@ -231,12 +231,12 @@ def _entry(request: Request, name: str, versions: list[VersionState]) -> dict[st
         "versions": [
             {"version": version.version, "state": version.state, "reason": version.reason} for version in versions
         ],
-        "aliases": catalog_of(request).aliases(name),
+        "aliases": services_of(request).catalog.aliases(name),
         "capabilities": [],
         "input": None,
         "metrics": None,
     }
-    served = catalog_of(request).default_version(name)
+    served = services_of(request).catalog.default_version(name)
     if served is None:
         return entry
     manifest = served.manifest

@@ -6,11 +6,9 @@ the endpoint, encode the answer as the caller accepts it.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
@@ -21,24 +19,22 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive
 
 from app import errors
 from app.api.decoding import decode
 from app.api.dependencies import (
     Model,
-    catalog_of,
     headers_of,
-    metrics_of,
     preferred_media_type,
     read_body,
     read_terms,
-    settings_of,
 )
 from app.api.errors import problem_responses
-from app.api.responses import json_response
+from app.api.in_flight import InFlight
+from app.api.responses import Answer, encode_json
+from app.api.services import services_of
 from app.artifacts.manifest import Capability, InputSpec
 from app.codecs.bodies import Body
 from app.codecs.images import encode_png
@@ -51,7 +47,6 @@ HTML = "text/html"  # what a browser asks for; it gets JSON, pictures too being 
 # Below these, decoding costs less than handing it to another thread.
 INLINE_BYTES = 128 * 1024
 INLINE_PIXELS = 256 * 256
-_WATCH_AFTER_S = 0.01
 
 COMMON_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.InvalidInput,
@@ -183,7 +178,7 @@ class InferenceRouter(APIRouter):
         """
 
         async def read(body: Body, model: Model, query: QueryT, request: Request) -> Items:
-            limits = _limits(request)
+            limits = services_of(request).limits
             spec = model.manifest.input
             if query_invert(query) is not None and spec.range is None:
                 raise errors.InvalidParameter("invert: this model takes records, which have no dark and light")
@@ -235,7 +230,7 @@ class InferenceRouter(APIRouter):
         """Declares `endpoint(content, model, query)` at POST `path`, for bodies that hold something else than items."""
 
         async def read(body: Body, _model: Model, _query: ModelQuery, request: Request) -> Content:
-            return Content(body, _limits(request))
+            return Content(body, services_of(request).limits)
 
         return self._declare(
             path,
@@ -266,10 +261,10 @@ class InferenceRouter(APIRouter):
     ) -> Callable[[Callable[[Any, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
         def decorate(endpoint: Callable[[Any, Model, QueryT], Awaitable[Results]]) -> Callable[..., Awaitable[Results]]:
             async def handle(request: Request) -> Response:
-                scope, settings = request.scope, settings_of(request)
+                scope, services = request.scope, services_of(request)
                 headers = headers_of(scope)
                 parameters = parse_query(query, scope["query_string"])
-                model_found = catalog_of(request).find(parameters.model, capability, *also)
+                model_found = services.catalog.find(parameters.model, capability, *also)
                 accept = headers.get(b"accept", b"").decode("latin-1")
                 shows = shows_pictures and model_found.manifest.input.picture is not None
                 offered = (JSON, HTML, PNG, NPY) if shows else (JSON, HTML, NPY)
@@ -277,13 +272,16 @@ class InferenceRouter(APIRouter):
                 if media_type is None:
                     expected = " or ".join(kind for kind in offered if kind != HTML)
                     raise errors.NotAcceptable(f"accept: expected {expected}, found {accept!r}")
-                terms = read_terms(scope, headers, settings)
+                terms = read_terms(scope, headers, services.settings)
                 model = Model(model_found, terms)
-                counted = metrics_of(request).inference(model_found.manifest.name, model_found.manifest.version)
+                counted = services_of(request).metrics.inference(
+                    model_found.manifest.name, model_found.manifest.version
+                )
                 with counted:
                     started = time.perf_counter()
-                    body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
-                    with until_disconnect(request.receive):
+                    with InFlight(services.deadlines, scope, terms) as in_flight:
+                        body = await read_body(request.receive, headers, services.settings.max_body_bytes)
+                        in_flight.body_is_read(request.receive)
                         given = await read(body, model, parameters, request)
                         decoded = time.perf_counter()
                         results = await endpoint(given, model, parameters)
@@ -323,41 +321,6 @@ def summary_of(endpoint: Callable[..., Any]) -> str:
     return (endpoint.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
 
-@contextmanager
-def until_disconnect(receive: Receive) -> Iterator[None]:
-    """Cancels what runs inside when the client leaves, and raises ClientDisconnect in its place.
-
-    The watch begins after `_WATCH_AFTER_S`: most requests are answered by then, and it costs a task.
-    """
-    loop, working = asyncio.get_running_loop(), asyncio.current_task()
-    watching: asyncio.Task[None] | None = None
-    left = False
-
-    async def watch() -> None:
-        nonlocal left
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if working is not None:
-            left = True
-            working.cancel()
-
-    def begin() -> None:
-        nonlocal watching
-        watching = loop.create_task(watch())
-
-    timer = loop.call_later(_WATCH_AFTER_S, begin)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not left or working is None or working.uncancel():
-            raise
-        raise ClientDisconnect from None
-    finally:
-        timer.cancel()
-        if watching is not None:
-            watching.cancel()
-
-
 def query_invert(query: ModelQuery) -> bool | None:
     """The `invert` parameter of a query that may have one."""
     return query.invert if isinstance(query, ItemsQuery) else None
@@ -381,16 +344,16 @@ def parse_query(query: type[QueryT], query_string: bytes) -> QueryT:
         raise errors.InvalidParameter(f"{name}: {first['msg']}, found {first['input']!r}") from error
 
 
-def encode_results(results: Results, model: Model, media_type: str, *, as_png: bool, ids: list[Any] | None) -> Response:
+def encode_results(results: Results, model: Model, media_type: str, *, as_png: bool, ids: list[Any] | None) -> Answer:
     """The answer in that media type, which must be one that the results have."""
     spec = model.manifest.input
     if media_type == NPY:
-        return Response(encode_npy(results.main), media_type=NPY)
+        return Answer(encode_npy(results.main), NPY.encode())
     if results.pictures is not None and spec.range is not None and media_type == PNG:
-        return Response(encode_png(np.asarray(results.columns[results.pictures]), spec.range, ids), media_type=PNG)
+        return Answer(encode_png(np.asarray(results.columns[results.pictures]), spec.range, ids), PNG.encode())
     rows = result_rows(results, spec, as_png=as_png, ids=ids)
     answer = {"model": model.manifest.name, "version": model.manifest.version, **results.beside, "results": rows}
-    return json_response(answer)
+    return Answer(encode_json(answer), JSON.encode())
 
 
 def result_rows(
@@ -405,11 +368,6 @@ def result_rows(
     if ids is not None:
         columns = {"id": ids, **columns}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _limits(request: Request) -> Limits:
-    settings = settings_of(request)
-    return Limits(max_rows=settings.max_queue_rows, max_image_pixels=settings.max_image_pixels)
 
 
 def _answer_model(answers: type[BaseModel], beside: dict[str, Any]) -> type[BaseModel]:

@@ -72,10 +72,10 @@ class Calibration:
             allowed += 1
         if allowed < 1:
             raise RateTooFine(f"target_fpr: {target_fpr} is finer than 1/{n + 1}, what {n} normal scores support")
-        at_least = n - np.searchsorted(self.scores, scores.astype(np.float32), side="left")
+        counts = (n + 1) - self.scores.searchsorted(np.asarray(scores, np.float32))
         return Verdicts(
-            p_value=(1 + at_least) / (n + 1),
-            is_anomaly=1 + at_least <= allowed,
+            p_value=counts / (n + 1),
+            is_anomaly=counts <= allowed,
             threshold=float(self.scores[n - allowed]),
             target_fpr=float(target_fpr),
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Self
 
+from app.batching.deadlines import Deadlines
 from app.batching.queue import FairQueue, Item, Lane, Result, Slice, Waiting
 from app.errors import (
     DeadlineExceeded,
@@ -60,9 +61,9 @@ class _Request(Waiting[Item, Result]):
     results: list[Result | None] = field(init=False)
     unanswered: int = field(init=False)
     started_at: float | None = field(default=None, init=False)
-    deadline: asyncio.TimerHandle | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.results = [None] * len(self.items)
         self.unanswered = len(self.items)
 
@@ -116,6 +117,7 @@ class Batcher:
         self._running: dict[int, list[Slice[_Request[Any, Any]]]] = {}  # by the executor's slot
         self._idle = asyncio.Event()
         self._idle.set()
+        self._deadlines: Deadlines[_Request[Any, Any]] = Deadlines(self._expire)
         self._rows_per_s = 0.0  # moving average while busy; 0 until the first batch ran
 
     def __repr__(self) -> str:
@@ -138,6 +140,7 @@ class Batcher:
         for request in list(self._queue):
             self._fail(request, Draining("the service is shutting down", retry_after_s=1))
         await self._idle.wait()
+        self._deadlines.close()
 
     def give_up(self, error: Unavailable) -> None:
         """Answers everyone who waits, what runs included, with that error, and whoever comes from now on."""
@@ -173,9 +176,11 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = loop.time()
         timeout_at = math.inf if timeout_s is None else now + timeout_s
-        request = _Request(lane, items, caller, priority, self._due(timeout_at), loop.create_future(), now, timeout_at)
+        request = _Request(
+            lane, items, caller, priority, self._due(timeout_at, now), loop.create_future(), now, timeout_at
+        )
         if timeout_s is not None:
-            request.deadline = loop.call_later(timeout_s, self._expire, request, timeout_s)
+            self._deadlines.add(request, timeout_at)
         self._queue.push(request)
         self._schedule_dispatch(loop)
         try:
@@ -185,11 +190,11 @@ class Batcher:
             self._withdraw(request)
 
     @staticmethod
-    def _due(timeout_at: float) -> float:
+    def _due(timeout_at: float, now: float) -> float:
         """When a request is due that waits from now on: within a second, or a caller with much time would be put off
         until it has little.
         """
-        return min(timeout_at, asyncio.get_running_loop().time() + _LONGEST_DUE_S)
+        return min(timeout_at, now + _LONGEST_DUE_S)
 
     def _admit(self, lane: Lane[Any, Any], rows: int) -> None:
         if self._closed:
@@ -256,8 +261,10 @@ class Batcher:
             outcome = done.result()
         except BaseException as error:  # noqa: BLE001  the executor itself failed: everyone in the batch is told
             outcome = _Outcome([error] * rows, 0.0, 0.0, None)
+        now = asyncio.get_running_loop().time()
         for part in batch:
-            self._queue.give_way(part.request, self._due(part.request.timeout_at))
+            if part.request.waiting:
+                self._queue.give_way(part.request, self._due(part.request.timeout_at, now))
         self._dispatch()  # before the answers: the executor works while they are written
         self._deliver(batch, outcome.results)
         if outcome.learnt_size is not None and outcome.learnt_size < lane.max_batch_size:
@@ -280,7 +287,7 @@ class Batcher:
         )
 
     def _deliver(self, batch: list[Slice[_Request[Any, Any]]], results: list[Any]) -> None:
-        offset = 0
+        offset, now = 0, asyncio.get_running_loop().time()
         for part in batch:
             request, count = part.request, len(part)
             for index in range(count):
@@ -292,7 +299,7 @@ class Batcher:
             else:
                 request.unanswered -= count
                 if not request.unanswered and not request.answer.done():
-                    ran_s = asyncio.get_running_loop().time() - (request.started_at or request.enqueued_at)
+                    ran_s = now - (request.started_at or request.enqueued_at)
                     request.answer.set_result(Answered(request.results, self._queued_s(request), ran_s))
             offset += count
 
@@ -313,7 +320,8 @@ class Batcher:
         failure.__cause__ = cause
         self._fail(request, failure)
 
-    def _expire(self, request: _Request[Any, Any], timeout_s: float) -> None:
+    def _expire(self, request: _Request[Any, Any]) -> None:
+        timeout_s = request.timeout_at - request.enqueued_at
         self._fail(request, DeadlineExceeded(f"deadline: no answer within {round(timeout_s * 1000)} ms"))
 
     def _fail(self, request: _Request[Any, Any], error: Exception) -> None:
@@ -323,8 +331,7 @@ class Batcher:
 
     def _withdraw(self, request: _Request[Any, Any]) -> None:
         """Takes what still waits of a request out of the queue; harmless when nothing does."""
-        if request.deadline is not None:
-            request.deadline.cancel()
+        self._deadlines.discard(request)
         self._queue.discard(request)
 
 

@@ -30,7 +30,7 @@ class Lane(Generic[Item, Result]):
 
 @dataclass(eq=False)
 class Waiting(Generic[Item, Result]):
-    """One caller's items; `taken` of them have left the queue.
+    """One caller's items; `taken` of them have left the queue, `waiting` are still in it.
 
     Args:
         lane: what runs them.
@@ -46,11 +46,10 @@ class Waiting(Generic[Item, Result]):
     priority: int
     due: float
     taken: int = field(default=0, init=False)
+    waiting: int = field(init=False)
 
-    @property
-    def waiting(self) -> int:
-        """How many of the items are still in the queue."""
-        return len(self.items) - self.taken
+    def __post_init__(self) -> None:
+        self.waiting = len(self.items)
 
 
 WaitingT = TypeVar("WaitingT", bound=Waiting[Any, Any])
@@ -92,7 +91,10 @@ class FairQueue(Generic[WaitingT]):
 
     def push(self, request: WaitingT) -> None:
         """Adds a request, none of whose items was taken yet."""
-        self._lanes.setdefault(request.lane, _LaneQueue()).push(request)
+        queue = self._lanes.get(request.lane)
+        if queue is None:
+            queue = self._lanes[request.lane] = _LaneQueue()
+        queue.push(request)
         self.rows += request.waiting
         self.bytes += request.waiting * request.lane.row_bytes
 
@@ -133,6 +135,7 @@ class FairQueue(Generic[WaitingT]):
 
     def _count_out(self, request: WaitingT, count: int) -> None:
         request.taken += count
+        request.waiting -= count
         self.rows -= count
         self.bytes -= count * request.lane.row_bytes
 
@@ -157,7 +160,10 @@ class _LaneQueue(Generic[WaitingT]):
         return -highest, self._levels[highest].earliest_due()
 
     def push(self, request: WaitingT) -> None:
-        self._levels.setdefault(request.priority, _Level()).push(request)
+        level = self._levels.get(request.priority)
+        if level is None:
+            level = self._levels[request.priority] = _Level()
+        level.push(request)
 
     def next(self) -> WaitingT:
         return self._levels[max(self._levels)].next()

@@ -61,6 +61,8 @@ async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Resu
     specs = model.manifest.capabilities[Capability.ANOMALY_SCORE].outputs
     parts = {spec.name: output for spec, output in zip(specs[1:], outputs[1:], strict=True) if spec.shape == ()}
     count = len(items)
+    main = np.empty((count, 2))  # float64
+    main[:, 0], main[:, 1] = scores, verdicts.p_value
     return Results(
         {
             "score": scores,
@@ -73,7 +75,7 @@ async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Resu
             "extrapolated": [False] * count,
             "components": [{name: part[index] for name, part in parts.items()} for index in range(count)],
         },
-        main=np.stack([scores.astype(np.float64), verdicts.p_value], axis=1),  # (n, 2)
+        main=main,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -21,6 +22,11 @@ from app.batching.batcher import BatchRecord
 from app.fleet import Fleet
 
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # read by prometheus_client when it is imported
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+_COUNT_AFTER_S = 0.005
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -48,11 +54,14 @@ class ModelCounts:
 class Inference:
     """One request for a model, measured while it is open; what raises counts as failed."""
 
-    __slots__ = ("_children", "_started", "decode_s", "encode_s", "items")
+    __slots__ = ("_count", "_started", "decode_s", "encode_s", "has_failed", "items", "key", "seconds")
 
-    def __init__(self, children: tuple[Any, ...]) -> None:
-        self._children = children
+    def __init__(self, key: tuple[str, int], count: Callable[[Inference], None]) -> None:
+        self.key = key
+        self._count = count
         self._started = time.perf_counter()
+        self.seconds = 0.0
+        self.has_failed = False
         self.items = 0
         self.decode_s = 0.0
         self.encode_s = 0.0
@@ -61,18 +70,9 @@ class Inference:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        answered, failed, items, answered_s, failed_s, decode_s, encode_s, last = self._children
-        seconds = time.perf_counter() - self._started
-        if error is not None:
-            failed.inc()
-            failed_s.inc(seconds)
-            return
-        answered.inc()
-        items.inc(self.items)
-        answered_s.inc(seconds)
-        decode_s.inc(self.decode_s)
-        encode_s.inc(self.encode_s)
-        last.set_to_current_time()
+        self.seconds = time.perf_counter() - self._started
+        self.has_failed = error is not None
+        self._count(self)
 
 
 class Metrics:
@@ -156,7 +156,12 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="max",
         )
+        self._answered: list[tuple[str, str, int, float]] = []  # method, route, status, seconds; not counted yet
+        self._inferences: list[Inference] = []
+        self._ran: list[tuple[tuple[str, int, Capability], BatchRecord]] = []
+        self._is_scheduled = False
         self._inference_children = lru_cache(maxsize=512)(self._inference_counters)
+        self._batch_children = lru_cache(maxsize=512)(self._batch_metrics)
         # Looking labels up costs more than counting; methods and statuses come from outside, so not without bound.
         self._request_children = lru_cache(maxsize=512)(
             lambda method, route, status: (
@@ -167,13 +172,62 @@ class Metrics:
 
     def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Counts an answered request."""
-        counter, histogram = self._request_children(method, route, status)
-        counter.inc()
-        histogram.observe(seconds)
+        self._answered.append((method, route, status, seconds))
+        self._schedule_count()
 
     def inference(self, model: str, version: int) -> Inference:
         """Measures a request for a model as long as it is open."""
-        return Inference(self._inference_children(model, version))
+        return Inference((model, version), self._observe_inference)
+
+    def _observe_inference(self, inference: Inference) -> None:
+        self._inferences.append(inference)
+        self._schedule_count()
+
+    def _schedule_count(self) -> None:
+        """Counts what was seen a moment later, or when somebody asks: a counter costs as much for one as for all."""
+        if not self._is_scheduled:
+            try:
+                asyncio.get_running_loop().call_later(_COUNT_AFTER_S, self._count_seen)
+            except RuntimeError:  # no loop runs
+                self._count_seen()
+            else:
+                self._is_scheduled = True
+
+    def _count_seen(self) -> None:
+        self._is_scheduled = False
+        answered, self._answered = self._answered, []
+        inferences, self._inferences = self._inferences, []
+        ran, self._ran = self._ran, []
+        for labels, records in _grouped(ran, lambda batch: batch[0]):
+            rows, failed_rows, batch_rows, run_seconds, queue_seconds = self._batch_children(*labels)
+            rows.inc(sum(record.rows for _, record in records))
+            if failed := sum(record.failed_rows for _, record in records):
+                failed_rows.inc(failed)
+            for _, record in records:
+                batch_rows.observe(record.rows)
+                run_seconds.observe(record.ran_s)
+                for wait_s in record.waits_s:
+                    queue_seconds.observe(wait_s)
+        for (method, route, status), found in _grouped(answered, lambda request: request[:3]):
+            counter, histogram = self._request_children(method, route, status)
+            counter.inc(len(found))
+            for *_, seconds in found:
+                histogram.observe(seconds)
+        for (key, has_failed), measured in _grouped(
+            inferences, lambda inference: (inference.key, inference.has_failed)
+        ):
+            answers, failures, items, answers_s, failures_s, decode_s, encode_s, last = self._inference_children(*key)
+            seconds = sum(inference.seconds for inference in measured)
+            if has_failed:
+                failures.inc(len(measured))
+                failures_s.inc(seconds)
+                continue
+            answers.inc(len(measured))
+            answers_s.inc(seconds)
+            items.inc(sum(inference.items for inference in measured))
+            decode_s.inc(sum(inference.decode_s for inference in measured))
+            encode_s.inc(sum(inference.encode_s for inference in measured))
+            last.set_to_current_time()
 
     def _inference_counters(self, model: str, version: int) -> tuple[Any, ...]:
         labels = (model, str(version))
@@ -186,15 +240,13 @@ class Metrics:
 
     def observe_batch(self, model: str, version: int, capability: Capability, record: BatchRecord) -> None:
         """Counts a batch that ran."""
+        self._ran.append(((model, version, capability), record))
+        self._schedule_count()
+
+    def _batch_metrics(self, model: str, version: int, capability: Capability) -> tuple[Any, ...]:
         labels = (model, str(version), str(capability))
-        self._rows.labels(*labels).inc(record.rows)
-        if record.failed_rows:
-            self._failed_rows.labels(*labels).inc(record.failed_rows)
-        self._batches.labels(*labels).observe(record.rows)
-        self._run_seconds.labels(*labels).observe(record.ran_s)
-        queue_seconds = self._queue_seconds.labels(*labels)
-        for wait_s in record.waits_s:
-            queue_seconds.observe(wait_s)
+        metrics = (self._rows, self._failed_rows, self._batches, self._run_seconds, self._queue_seconds)
+        return tuple(metric.labels(*labels) for metric in metrics)
 
     def observe_change(self, model: str, version: int, change: str, seconds: float) -> None:
         """Counts a version that was loaded, verified, refused, evicted or unloaded; forgets the unloaded one's own."""
@@ -216,6 +268,7 @@ class Metrics:
             ):
                 metric.remove_by_labels({"model": model, "version": str(version)})
             self._inference_children.cache_clear()
+            self._batch_children.cache_clear()
 
     def model_counts(self) -> dict[tuple[str, int], ModelCounts]:
         """What each version of each model has done, over all workers."""
@@ -233,6 +286,7 @@ class Metrics:
 
     def _counts(self) -> CollectorRegistry:
         """The registry of all workers together."""
+        self._count_seen()
         if MULTIPROCESS_VARIABLE not in os.environ:
             return self.registry
         counts = CollectorRegistry()
@@ -245,6 +299,13 @@ class Metrics:
         states = CollectorRegistry()
         states.register(_States(self._fleet()))
         return generate_latest(counts) + generate_latest(states)
+
+
+def _grouped(found: list[T], key: Callable[[T], K]) -> Iterable[tuple[K, list[T]]]:
+    groups: dict[K, list[T]] = {}
+    for one in found:
+        groups.setdefault(key(one), []).append(one)
+    return groups.items()
 
 
 _COUNTED = {

@@ -24,12 +24,9 @@ from starlette.types import Receive, Scope, Send
 from app import errors
 from app.api.dependencies import (
     Model,
-    catalog_of,
     headers_of,
-    metrics_of,
     preferred_media_type,
     read_terms,
-    settings_of,
 )
 from app.api.errors import code_of, problem_response, problem_responses
 from app.api.routing import (
@@ -46,6 +43,7 @@ from app.api.routing import (
     query_invert,
     query_parameters,
 )
+from app.api.services import services_of
 from app.artifacts.manifest import Capability, InputSpec
 from app.capabilities import ROUTERS
 from app.capabilities.decode import Decoded, decode_latents
@@ -363,10 +361,10 @@ class _Stream(Response):
 
 def _handler(route: ItemsRoute) -> Handler:
     async def handle(request: Request) -> Response:
-        scope, settings = request.scope, settings_of(request)
+        scope, settings = request.scope, services_of(request).settings
         headers = headers_of(scope)
         query = parse_query(route.query, scope["query_string"])
-        served = catalog_of(request).find(query.model, route.capability)
+        served = services_of(request).catalog.find(query.model, route.capability)
         accept = headers.get(b"accept", b"").decode("latin-1")
         if preferred_media_type(accept, (NDJSON, HTML)) is None:
             raise errors.NotAcceptable(f"accept: expected {NDJSON}, found {accept!r}")
@@ -376,7 +374,7 @@ def _handler(route: ItemsRoute) -> Handler:
         terms = read_terms(scope, headers, settings)
         inflater = Inflater(headers.get(b"content-encoding", b"").decode("latin-1"))
         media_type, parameters = parse_content_type(headers.get(b"content-type", b"").decode("latin-1"))
-        counted = metrics_of(request).inference(served.manifest.name, served.manifest.version)
+        counted = services_of(request).metrics.inference(served.manifest.name, served.manifest.version)
         reader = _reader(route, spec, media_type, parameters, settings)
 
         async def run(receive: Receive, send: Send) -> None:

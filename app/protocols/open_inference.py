@@ -28,18 +28,14 @@ from app.api.dependencies import (
     MAX_TIMEOUT_MS,
     Model,
     Terms,
-    catalog_of,
-    control_of,
-    fleet_of,
     headers_of,
-    metrics_of,
     read_body,
     read_terms,
-    settings_of,
 )
 from app.api.envelope import HotPattern
 from app.api.errors import Problem, problem_body, problem_responses
 from app.api.health import livez
+from app.api.in_flight import InFlight
 from app.api.responses import json_response
 from app.api.routing import (
     COMMON_ERRORS,
@@ -48,8 +44,8 @@ from app.api.routing import (
     RawRoute,
     Results,
     parse_query,
-    until_disconnect,
 )
+from app.api.services import services_of
 from app.artifacts.manifest import Capability, Manifest
 from app.artifacts.pictures import pixels_to_range
 from app.capabilities.anomaly_score import AnomalyQuery, anomaly_score
@@ -152,21 +148,22 @@ class _Given:
 
 async def infer(request: Request) -> Response:
     """Answer the outputs that are asked for; without names all that need no more than `input`."""
-    scope, settings = request.scope, settings_of(request)
-    headers = headers_of(scope)
+    scope, services = request.scope, services_of(request)
+    headers, settings = headers_of(scope), services.settings
     served = _find(request)
     terms = read_terms(scope, headers, settings)
-    counted = metrics_of(request).inference(served.manifest.name, served.manifest.version)
+    counted = services.metrics.inference(served.manifest.name, served.manifest.version)
     with counted:
         started = time.perf_counter()
-        body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
-        wants_json = headers.get(b"accept", b"").startswith(b"application/json")
-        found = _read(body, headers, served.manifest, as_json=wants_json)
-        model = Model(served, _terms_of(found, terms))
-        outputs = _chosen(found, served.manifest)
-        given = _given(found, served.manifest, settings.max_queue_rows)
-        decoded = time.perf_counter()
-        with until_disconnect(request.receive):
+        with InFlight(services.deadlines, scope, terms) as in_flight:
+            body = await read_body(request.receive, headers, settings.max_body_bytes)
+            in_flight.body_is_read(request.receive)
+            wants_json = headers.get(b"accept", b"").startswith(b"application/json")
+            found = _read(body, headers, served.manifest, as_json=wants_json)
+            model = Model(served, _terms_of(found, terms))
+            outputs = _chosen(found, served.manifest)
+            given = _given(found, served.manifest, settings.max_queue_rows)
+            decoded = time.perf_counter()
             results = await _run({output.capability: output for output in outputs}, given, model)
         ran = time.perf_counter()
         asked = {output.name: output.binary for output in found.outputs or ()}
@@ -205,7 +202,7 @@ def _find(request: Request) -> ServedModel:
     name, version = request.path_params["name"], request.path_params.get("version")
     if ":" in name:
         raise errors.ModelNotFound(f"model: a name has no colon, found {name!r}")
-    return catalog_of(request).find(name if version is None else f"{name}:{version}")
+    return services_of(request).catalog.find(name if version is None else f"{name}:{version}")
 
 
 def _read(body: Body, headers: dict[bytes, bytes], manifest: Manifest, *, as_json: bool) -> InferRequest:
@@ -594,7 +591,7 @@ async def live(request: Request) -> Response:
 )
 async def ready(request: Request) -> Response:
     """200 once every required model, and at least one, is served; else 503 with the reasons."""
-    reasons = fleet_of(request).reasons_not_ready()
+    reasons = services_of(request).fleet.reasons_not_ready()
     if not reasons:
         return json_response({"ready": True, "live": True})
     body = problem_body(
@@ -606,14 +603,14 @@ async def ready(request: Request) -> Response:
 @_get("/v2/models", V2Models, "Names of all models")
 async def list_names(request: Request) -> Response:
     """The name of every model of the store."""
-    return json_response({"models": sorted({name for name, _ in fleet_of(request).versions()})})
+    return json_response({"models": sorted({name for name, _ in services_of(request).fleet.versions()})})
 
 
 @_get("/v2/models/stats", StatisticsList, "Statistics of all models")
 async def statistics(request: Request) -> Response:
     """What every served version has done since the service began, over all workers."""
-    counts = metrics_of(request).model_counts()
-    ready = [key for key, found in sorted(fleet_of(request).versions().items()) if found.state == "ready"]
+    counts = services_of(request).metrics.model_counts()
+    ready = [key for key, found in sorted(services_of(request).fleet.versions().items()) if found.state == "ready"]
     return json_response({"model_stats": [_statistics(*key, counts.get(key, ModelCounts())) for key in ready]})
 
 
@@ -622,10 +619,10 @@ async def model_statistics(request: Request) -> Response:
     """What the model's versions have done since the service began, over all workers."""
     served = _find(request)
     key = (served.manifest.name, served.manifest.version)
-    counts = metrics_of(request).model_counts()
+    counts = services_of(request).metrics.model_counts()
     keys = [key]
     if "version" not in request.path_params:
-        states = sorted(fleet_of(request).versions().items())
+        states = sorted(services_of(request).fleet.versions().items())
         keys = [other for other, found in states if other[0] == key[0] and found.state == "ready"] or keys
     return json_response({"model_stats": [_statistics(*each, counts.get(each, ModelCounts())) for each in keys]})
 
@@ -634,7 +631,7 @@ async def model_statistics(request: Request) -> Response:
 async def model_metadata(request: Request) -> Response:
     """Names, data types and shapes of what the model takes and gives; all inputs but `input` are optional."""
     manifest = _find(request).manifest
-    versions = [str(number) for name, number in sorted(fleet_of(request).versions()) if name == manifest.name]
+    versions = [str(number) for name, number in sorted(services_of(request).fleet.versions()) if name == manifest.name]
 
     def tensors(entries: Iterable[TensorEntry]) -> list[dict[str, Any]]:
         return [{"name": e.name, "datatype": e.datatype, "shape": [-1, *e.shape]} for e in entries]
@@ -702,14 +699,10 @@ _INDEX_BODY = {
 )
 async def repository_index(request: Request) -> Response:
     """Every version of every model, its state and the reason for it."""
-    settings = settings_of(request)
-    headers = headers_of(request.scope)
-    terms = read_terms(request.scope, headers, settings)
-    body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
-    document = parse_json(body.data) if body.data.strip() else {}
+    document = await _document(request)
     if not isinstance(document, dict) or not isinstance(document.get("ready", False), bool):
         raise errors.InvalidInput('body: expected an object such as {"ready": true}')
-    versions = [found for _, found in sorted(fleet_of(request).versions().items())]
+    versions = [found for _, found in sorted(services_of(request).fleet.versions().items())]
     if document.get("ready"):
         versions = [found for found in versions if found.state == "ready"]
     return json_response([_index_entry(found) for found in versions])
@@ -750,12 +743,18 @@ class Unloaded(BaseModel):
     unload: bool
 
 
+async def _document(request: Request) -> Any:
+    """The JSON of a body, an empty object for none. Raises MalformedPayload, PayloadTooLarge and DeadlineExceeded."""
+    services, headers = services_of(request), headers_of(request.scope)
+    settings = services.settings
+    with InFlight(services.deadlines, request.scope, read_terms(request.scope, headers, settings)):
+        body = await read_body(request.receive, headers, settings.max_body_bytes)
+    return parse_json(body.data) if body.data.strip() else {}
+
+
 async def _control_body(request: Request, known: Sequence[str]) -> None:
     """Reads a body that may hold the known parameters. Raises InvalidInput, InvalidParameter and MalformedPayload."""
-    settings, headers = settings_of(request), headers_of(request.scope)
-    terms = read_terms(request.scope, headers, settings)
-    body = await read_body(request.receive, headers, settings.max_body_bytes, terms)
-    document = parse_json(body.data) if body.data.strip() else {}
+    document = await _document(request)
     parameters = document.get("parameters", {}) if isinstance(document, dict) else None
     if not isinstance(parameters, dict):
         raise errors.InvalidInput('body: expected an object such as {"parameters": {}}')
@@ -776,7 +775,7 @@ async def repository_load(request: Request) -> Response:
     """As `POST /models/{name}/load`."""
     await _control_body(request, ())
     name = request.path_params["name"]
-    await control_of(request).load(name, None)
+    await services_of(request).control.load(name, None)
     return json_response({"name": name, "load": True})
 
 
@@ -791,7 +790,7 @@ async def repository_unload(request: Request) -> Response:
     """As `POST /models/{name}/unload`."""
     await _control_body(request, ("unload_dependents",))
     name = request.path_params["name"]
-    await control_of(request).unload(name, None)
+    await services_of(request).control.unload(name, None)
     return json_response({"name": name, "unload": True})
 
 

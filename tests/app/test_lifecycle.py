@@ -181,6 +181,11 @@ def nginx(folder: Path, ports: list[int]) -> Iterator[None]:
     (folder / "nginx.conf").write_text(text)
     process = subprocess.Popen(["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")])
     try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", ports[0])) == 0:
+                    break
+            time.sleep(0.05)
         yield
     finally:
         process.terminate()

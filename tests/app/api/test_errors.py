@@ -404,7 +404,7 @@ def test_bad_row_fails_its_own_request_alone(service: Service, items: np.ndarray
 
 
 @pytest.mark.parametrize(
-    "broken", ["app.api.models.fleet_of", "app.api.routing.encode_results", "app.api.routing.parse_query"]
+    "broken", ["app.api.models.services_of", "app.api.routing.encode_results", "app.api.routing.parse_query"]
 )
 def test_unforeseen_exception_is_a_bare_500_and_one_traceback(
     service: Service, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

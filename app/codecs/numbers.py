@@ -1,0 +1,62 @@
+"""A JSON body of numbers and nothing else, straight into an array: no Python object for any of them."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import simdjson
+from numpy.typing import NDArray
+
+_local = threading.local()
+
+
+def parse_rows(data: bytes, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """The rows of `{"instances": [row, …]}`, (n, *shape), each row nested in `shape` or all of them flat.
+
+    None for every other body, good or bad: reading it the slow way tells which, and what is wrong with it. What
+    overflows float32 becomes an infinity.
+    """
+    # The strings, the objects and the lists that there may be are counted, at the speed of memory: the buffer below
+    # holds a list's numbers however they are nested.
+    if data.count(b'"') != 2 or data.count(b"{") != 1:
+        return None
+    try:
+        document: Any = _parser().parse(data)
+        instances = document["instances"]
+        rows = len(instances)
+        brackets = data.count(b"[") - 1
+        if brackets == rows:
+            lengths: tuple[int, ...] = (math.prod(shape),)
+        elif brackets == rows * _lists(shape):
+            lengths = shape
+        else:
+            return None
+        if not rows or not all(_is_nested(row, lengths) for row in instances):
+            return None
+        with np.errstate(over="ignore"):
+            return np.frombuffer(instances.as_buffer(of_type="d")).astype(np.float32).reshape(rows, *shape)
+    except (ValueError, TypeError, KeyError, RuntimeError):
+        return None
+
+
+def _lists(shape: tuple[int, ...]) -> int:
+    """How many lists a row nested in `shape` is made of."""
+    return sum(math.prod(shape[:depth]) for depth in range(len(shape)))
+
+
+def _is_nested(value: object, lengths: tuple[int, ...]) -> bool:
+    """Whether lists have these lengths, level by level. What the innermost hold is not looked at."""
+    if not isinstance(value, simdjson.Array) or len(value) != lengths[0]:
+        return False
+    return len(lengths) == 1 or all(_is_nested(part, lengths[1:]) for part in value)
+
+
+def _parser() -> simdjson.Parser:
+    """The thread's own: it keeps its memory from one document to the next."""
+    parser: simdjson.Parser | None = getattr(_local, "parser", None)
+    if parser is None:
+        parser = _local.parser = simdjson.Parser()
+    return parser
