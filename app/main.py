@@ -27,7 +27,13 @@ from app.fleet import Fleet, Member, Snapshot, VersionState
 from app.health import Health
 from app.inference.loaded_model import select_devices
 from app.observability.metrics import Metrics
-from app.protocols import bulk, open_inference
+from app.protocols import (
+    bulk,
+    open_inference,
+    open_inference_models,
+    open_inference_repository,
+    open_inference_statistics,
+)
 from app.settings import Settings
 
 
@@ -94,7 +100,14 @@ def create_app(settings: Settings, member: Member | None = None, end: Callable[[
 
     metrics = Metrics(lambda: app.state.fleet)
     app.state = Services(settings, metrics, drain)  # type: ignore[assignment]  # typed, where Starlette's is open
-    for router in (*ROUTERS, models.router, health.router, open_inference.router, bulk.router):
+    protocols = (
+        open_inference.router,
+        open_inference_statistics.router,  # before the models, whose {name} would match /v2/models/stats
+        open_inference_models.router,
+        open_inference_repository.router,
+        bulk.router,
+    )
+    for router in (*ROUTERS, models.router, health.router, *protocols):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)

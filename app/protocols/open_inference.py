@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 over HTTP, with binary tensors: what KServe and Triton clients speak.
+"""Inference in the Open Inference Protocol v2 over HTTP, with binary tensors: what KServe and Triton clients speak.
 
 Every output is one that a capability answers; only those asked for are computed.
 """
@@ -20,31 +20,13 @@ import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from app import __version__, errors
-from app.api.dependencies import (
-    MAX_PRIORITY,
-    MAX_TIMEOUT_MS,
-    Model,
-    Terms,
-    headers_of,
-    read_body,
-    read_terms,
-)
+from app import errors
+from app.api.dependencies import MAX_PRIORITY, MAX_TIMEOUT_MS, Model, Terms, headers_of, read_body, read_terms
 from app.api.envelope import HotPattern
-from app.api.errors import Problem, problem_body, problem_responses
-from app.api.health import livez
 from app.api.in_flight import InFlight
-from app.api.responses import json_response
-from app.api.routing import (
-    COMMON_ERRORS,
-    HEADER_PARAMETERS,
-    ItemsQuery,
-    RawRoute,
-    Results,
-    parse_query,
-)
+from app.api.routing import COMMON_ERRORS, HEADER_PARAMETERS, ItemsQuery, RawRoute, Results, parse_query
 from app.api.services import services_of
 from app.artifacts.manifest import Capability, Manifest
 from app.artifacts.pictures import pixels_to_range
@@ -55,26 +37,14 @@ from app.capabilities.encode import EncodeQuery, encode
 from app.capabilities.inpaint import inpaint
 from app.capabilities.reconstruct import reconstruct
 from app.capabilities.sample import SampleRequest, draw
-from app.codecs.bodies import Body, parse_json
+from app.codecs.bodies import Body
 from app.codecs.items import Items, check_rows
 from app.codecs.tensors import DATATYPES, HEADER_LENGTH, InferRequest, Tensor, encode_infer_answer, parse_infer_request
-from app.fleet import VersionState
-from app.observability.metrics import ModelCounts
-from app.served_model import ServedModel
+from app.protocols.open_inference_routes import NAME, TAG, VERSION, find_model, responses_of
 
-router = APIRouter(tags=["open inference protocol"])
+router = APIRouter(tags=[TAG])
 
-EXTENSIONS = (
-    "binary_tensor_data",
-    "model_configuration",
-    "model_repository",
-    "parameters",
-    "schedule_policy",
-    "statistics",
-)
-PLATFORM, BACKEND = "pytorch_torchscript", "pytorch"
 _INPUT, _MASK, _LATENT = "input", "mask", "latent"
-_TYPES_IN_CONFIG = {"FP32": "TYPE_FP32", "FP64": "TYPE_FP64", "BOOL": "TYPE_BOOL"}
 _IGNORED_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
 _INLINE_BYTES = 128 * 1024  # below it, compressing costs less than handing it to another thread
 
@@ -150,7 +120,7 @@ async def infer(request: Request) -> Response:
     """Answer the outputs that are asked for; without names all that need no more than `input`."""
     scope, services = request.scope, services_of(request)
     headers, settings = headers_of(scope), services.settings
-    served = _find(request)
+    served = find_model(request)
     terms = read_terms(scope, headers, settings)
     counted = services.metrics.inference(served.manifest.name, served.manifest.version)
     with counted:
@@ -195,14 +165,6 @@ HOT_PATTERN = HotPattern(
     "/v2/models/{name}/infer",
     infer,
 )
-
-
-def _find(request: Request) -> ServedModel:
-    """The model of the path. Raises as `Catalog.find` does."""
-    name, version = request.path_params["name"], request.path_params.get("version")
-    if ":" in name:
-        raise errors.ModelNotFound(f"model: a name has no colon, found {name!r}")
-    return services_of(request).catalog.find(name if version is None else f"{name}:{version}")
 
 
 def _read(body: Body, headers: dict[bytes, bytes], manifest: Manifest, *, as_json: bool) -> InferRequest:
@@ -405,117 +367,6 @@ async def _response(data: bytes, header_length: int | None, accept_encoding: byt
     return Response(data, media_type=media_type, headers=headers)
 
 
-class ServerMetadata(BaseModel):
-    """Which server this is."""
-
-    name: str
-    version: str
-    extensions: list[str]
-
-
-class V2Live(BaseModel):
-    """The event loop answers."""
-
-    live: bool
-
-
-class V2Ready(BaseModel):
-    """Requests will be answered."""
-
-    ready: bool
-    live: bool
-
-
-class V2ModelReady(BaseModel):
-    """Requests for this model will be answered."""
-
-    name: str
-    ready: bool
-
-
-class V2Models(BaseModel):
-    """Names of all models."""
-
-    models: list[str]
-
-
-class TensorMetadata(BaseModel):
-    """A tensor's name, data type and shape, -1 for the batch axis."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelMetadata(BaseModel):
-    """What a model takes and gives."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
-
-
-class V2Config(BaseModel):
-    """A model's configuration in Triton's form."""
-
-    name: str
-    platform: str
-    backend: str
-    max_batch_size: int
-    input: list[dict[str, Any]]
-    output: list[dict[str, Any]]
-    dynamic_batching: dict[str, Any]
-
-
-class Duration(BaseModel):
-    """How often, and nanoseconds in all."""
-
-    count: int
-    ns: int
-
-
-class InferenceStatistics(BaseModel):
-    """Where the time of all requests went. `queue` counts waits, `compute_infer` batches, the others requests."""
-
-    success: Duration
-    fail: Duration
-    queue: Duration
-    compute_input: Duration
-    compute_infer: Duration
-    compute_output: Duration
-    cache_hit: Duration
-    cache_miss: Duration
-
-
-class ModelStatistics(BaseModel):
-    """What a version of a model has done since the service began, whichever route and worker it was asked through."""
-
-    name: str
-    version: str
-    last_inference: int = Field(description="Milliseconds since 1970; 0 if there was none.")
-    inference_count: int = Field(description="Items of all requests that were answered.")
-    execution_count: int = Field(description="Batches that ran.")
-    inference_stats: InferenceStatistics
-    batch_stats: list[dict[str, Any]]
-
-
-class StatisticsList(BaseModel):
-    """Statistics of one or all models."""
-
-    model_stats: list[ModelStatistics]
-
-
-class IndexEntry(BaseModel):
-    """One version of a model in the store."""
-
-    name: str
-    version: str
-    state: str = Field(description="READY, LOADING or UNAVAILABLE.")
-    reason: str
-
-
 class InferAnswer(BaseModel):
     """The outputs that were asked for."""
 
@@ -524,303 +375,6 @@ class InferAnswer(BaseModel):
     id: str
     parameters: dict[str, Any] | None = None
     outputs: list[dict[str, Any]]
-
-
-_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[0-9]+$"}}
-_FINDING = (errors.InvalidParameter, errors.ModelNotFound, errors.NotReady, errors.ModelUnavailable)
-
-
-def _responses(raises: Iterable[type[errors.ServiceError]]) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI `responses` of a route here, where what is a 422 elsewhere is a 400."""
-    documented = problem_responses(raises)
-    malformed = documented.pop(422, None)
-    if malformed is not None:
-        documented[400]["description"] += ", " + malformed["description"]
-    return documented
-
-
-def _get(
-    path: str, answers: type[BaseModel], summary: str, raises: Iterable[type[errors.ServiceError]] = (), **more: Any
-) -> Callable[[Callable[..., Awaitable[Response]]], Callable[..., Awaitable[Response]]]:
-    """Declares a GET that also answers HEAD, which the document leaves out; with `{name}`, for its versions too."""
-
-    def decorate(endpoint: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
-        paths = [path]
-        if path.startswith("/v2/models/{name}"):
-            paths.append(path.replace("{name}", "{name}/versions/{version}"))
-        for each in paths:
-            given = [entry for entry in (_NAME, _VERSION) if f"{{{entry['name']}}}" in each]
-            router.add_api_route(each, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
-            router.add_api_route(
-                each,
-                endpoint,
-                methods=["GET"],
-                response_model=answers,
-                summary=summary + (" of one version" if "{version}" in each else ""),
-                responses={**_responses(raises), **more.get("responses", {})},
-                openapi_extra={"parameters": given} if given else None,
-            )
-        return endpoint
-
-    return decorate
-
-
-@_get("/v2", ServerMetadata, "Server metadata")
-async def server_metadata() -> Response:
-    """Name, version and the protocol's extensions that are spoken here."""
-    return json_response({"name": "hourglass", "version": __version__, "extensions": EXTENSIONS})
-
-
-@_get(
-    "/v2/health/live",
-    V2Live,
-    "Live",
-    responses={503: {"model": Problem, "description": "`internal`"}},
-)
-async def live(request: Request) -> Response:
-    """200 while the event loop answers and the threads that watch over it live."""
-    return await livez(request)
-
-
-@_get(
-    "/v2/health/ready",
-    V2Ready,
-    "Ready",
-    responses={503: {"model": Problem, "description": "`not_ready`"}},
-)
-async def ready(request: Request) -> Response:
-    """200 once every required model, and at least one, is served; else 503 with the reasons."""
-    reasons = services_of(request).fleet.reasons_not_ready()
-    if not reasons:
-        return json_response({"ready": True, "live": True})
-    body = problem_body(
-        "not ready: " + "; ".join(reasons), "not_ready", request.scope["request_id"], ready=False, live=True
-    )
-    return Response(body, status_code=503, media_type="application/json", headers={"Retry-After": "1"})
-
-
-@_get("/v2/models", V2Models, "Names of all models")
-async def list_names(request: Request) -> Response:
-    """The name of every model of the store."""
-    return json_response({"models": sorted({name for name, _ in services_of(request).fleet.versions()})})
-
-
-@_get("/v2/models/stats", StatisticsList, "Statistics of all models")
-async def statistics(request: Request) -> Response:
-    """What every served version has done since the service began, over all workers."""
-    counts = services_of(request).metrics.model_counts()
-    ready = [key for key, found in sorted(services_of(request).fleet.versions().items()) if found.state == "ready"]
-    return json_response({"model_stats": [_statistics(*key, counts.get(key, ModelCounts())) for key in ready]})
-
-
-@_get("/v2/models/{name}/stats", StatisticsList, "Statistics of a model", _FINDING)
-async def model_statistics(request: Request) -> Response:
-    """What the model's versions have done since the service began, over all workers."""
-    served = _find(request)
-    key = (served.manifest.name, served.manifest.version)
-    counts = services_of(request).metrics.model_counts()
-    keys = [key]
-    if "version" not in request.path_params:
-        states = sorted(services_of(request).fleet.versions().items())
-        keys = [other for other, found in states if other[0] == key[0] and found.state == "ready"] or keys
-    return json_response({"model_stats": [_statistics(*each, counts.get(each, ModelCounts())) for each in keys]})
-
-
-@_get("/v2/models/{name}", ModelMetadata, "A model's metadata", _FINDING)
-async def model_metadata(request: Request) -> Response:
-    """Names, data types and shapes of what the model takes and gives; all inputs but `input` are optional."""
-    manifest = _find(request).manifest
-    versions = [str(number) for name, number in sorted(services_of(request).fleet.versions()) if name == manifest.name]
-
-    def tensors(entries: Iterable[TensorEntry]) -> list[dict[str, Any]]:
-        return [{"name": e.name, "datatype": e.datatype, "shape": [-1, *e.shape]} for e in entries]
-
-    return json_response(
-        {
-            "name": manifest.name,
-            "versions": versions,
-            "platform": PLATFORM,
-            "inputs": tensors(inputs_of(manifest)),
-            "outputs": tensors(outputs_of(manifest)),
-        }
-    )
-
-
-@_get("/v2/models/{name}/ready", V2ModelReady, "A model is ready", _FINDING)
-async def model_ready(request: Request) -> Response:
-    """200 if requests for the model will be answered, else the reason why not."""
-    return json_response({"name": _find(request).manifest.name, "ready": True})
-
-
-@_get("/v2/models/{name}/config", V2Config, "A model's configuration", _FINDING)
-async def model_config(request: Request) -> Response:
-    """The model's configuration in Triton's form, for clients that plan by it."""
-    manifest = _find(request).manifest
-
-    def tensors(entries: Iterable[TensorEntry]) -> list[dict[str, Any]]:
-        return [{"name": e.name, "data_type": _TYPES_IN_CONFIG[e.datatype], "dims": list(e.shape)} for e in entries]
-
-    inputs = tensors(inputs_of(manifest))
-    for optional in inputs[1:]:
-        optional["optional"] = True
-    return json_response(
-        {
-            "name": manifest.name,
-            "platform": PLATFORM,
-            "backend": BACKEND,
-            "max_batch_size": manifest.max_batch_size,
-            "input": inputs,
-            "output": tensors(outputs_of(manifest)),
-            "dynamic_batching": {},
-        }
-    )
-
-
-_INDEX_BODY = {
-    "required": False,
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "properties": {"ready": {"type": "boolean", "description": "`true`: only what is ready."}},
-            }
-        }
-    },
-}
-
-
-@router.post(
-    "/v2/repository/index",
-    response_model=list[IndexEntry],
-    summary="The model repository",
-    responses=_responses([errors.InvalidInput, errors.MalformedPayload, errors.PayloadTooLarge]),
-    openapi_extra={"requestBody": _INDEX_BODY},
-)
-async def repository_index(request: Request) -> Response:
-    """Every version of every model, its state and the reason for it."""
-    document = await _document(request)
-    if not isinstance(document, dict) or not isinstance(document.get("ready", False), bool):
-        raise errors.InvalidInput('body: expected an object such as {"ready": true}')
-    versions = [found for _, found in sorted(services_of(request).fleet.versions().items())]
-    if document.get("ready"):
-        versions = [found for found in versions if found.state == "ready"]
-    return json_response([_index_entry(found) for found in versions])
-
-
-_CONTROL_BODY = {
-    "required": False,
-    "content": {
-        "application/json": {"schema": {"type": "object", "properties": {"parameters": {"type": "object"}}}},
-    },
-}
-_CONTROL_ERRORS = _responses(
-    [
-        *_FINDING,
-        errors.InvalidInput,
-        errors.MalformedPayload,
-        errors.PayloadTooLarge,
-        errors.Unauthorized,
-        errors.Forbidden,
-        errors.AdminDisabled,
-        errors.Draining,
-        errors.DeadlineExceeded,
-    ]
-)
-
-
-class Loaded(BaseModel):
-    """The model is loaded."""
-
-    name: str
-    load: bool
-
-
-class Unloaded(BaseModel):
-    """The model is unloaded."""
-
-    name: str
-    unload: bool
-
-
-async def _document(request: Request) -> Any:
-    """The JSON of a body, an empty object for none. Raises MalformedPayload, PayloadTooLarge and DeadlineExceeded."""
-    services, headers = services_of(request), headers_of(request.scope)
-    settings = services.settings
-    with InFlight(services.deadlines, request.scope, read_terms(request.scope, headers, settings)):
-        body = await read_body(request.receive, headers, settings.max_body_bytes)
-    return parse_json(body.data) if body.data.strip() else {}
-
-
-async def _control_body(request: Request, known: Sequence[str]) -> None:
-    """Reads a body that may hold the known parameters. Raises InvalidInput, InvalidParameter and MalformedPayload."""
-    document = await _document(request)
-    parameters = document.get("parameters", {}) if isinstance(document, dict) else None
-    if not isinstance(parameters, dict):
-        raise errors.InvalidInput('body: expected an object such as {"parameters": {}}')
-    if unknown := parameters.keys() - set(known):
-        raise errors.InvalidParameter(
-            f"parameters: {min(unknown)!r}: a model is what its artifact in the store says; it cannot be sent along"
-        )
-
-
-@router.post(
-    "/v2/repository/models/{name}/load",
-    response_model=Loaded,
-    summary="Load a model of the repository",
-    responses=_CONTROL_ERRORS,
-    openapi_extra={"parameters": [_NAME], "requestBody": _CONTROL_BODY},
-)
-async def repository_load(request: Request) -> Response:
-    """As `POST /models/{name}/load`."""
-    await _control_body(request, ())
-    name = request.path_params["name"]
-    await services_of(request).control.load(name, None)
-    return json_response({"name": name, "load": True})
-
-
-@router.post(
-    "/v2/repository/models/{name}/unload",
-    response_model=Unloaded,
-    summary="Unload a model of the repository",
-    responses=_CONTROL_ERRORS,
-    openapi_extra={"parameters": [_NAME], "requestBody": _CONTROL_BODY},
-)
-async def repository_unload(request: Request) -> Response:
-    """As `POST /models/{name}/unload`."""
-    await _control_body(request, ("unload_dependents",))
-    name = request.path_params["name"]
-    await services_of(request).control.unload(name, None)
-    return json_response({"name": name, "unload": True})
-
-
-def _index_entry(found: VersionState) -> dict[str, Any]:
-    state = {"ready": "READY", "loading": "LOADING"}.get(found.state, "UNAVAILABLE")
-    return {"name": found.name, "version": str(found.version), "state": state, "reason": found.reason or ""}
-
-
-def _statistics(name: str, version: int, counts: ModelCounts) -> dict[str, Any]:
-    def duration(count: int, seconds: float) -> dict[str, int]:
-        return {"count": count, "ns": round(seconds * 1e9)}
-
-    return {
-        "name": name,
-        "version": str(version),
-        "last_inference": round(counts.last_answered_at * 1000),
-        "inference_count": counts.items,
-        "execution_count": counts.batches,
-        "inference_stats": {
-            "success": duration(counts.answered, counts.answered_s),
-            "fail": duration(counts.failed, counts.failed_s),
-            "queue": duration(counts.waits, counts.queue_s),
-            "compute_input": duration(counts.answered, counts.decode_s),
-            "compute_infer": duration(counts.batches, counts.run_s),
-            "compute_output": duration(counts.answered, counts.encode_s),
-            "cache_hit": duration(0, 0),
-            "cache_miss": duration(0, 0),
-        },
-        "batch_stats": [],
-    }
 
 
 _TENSORS_IN = {
@@ -906,11 +460,11 @@ for _path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/i
                 },
                 "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
             },
-            **_responses(error for error in COMMON_ERRORS if error not in (errors.NotAcceptable, errors.NoModels)),
+            **responses_of(error for error in COMMON_ERRORS if error not in (errors.NotAcceptable, errors.NoModels)),
         },
         openapi_extra={
             "parameters": [
-                *(entry for entry in (_NAME, _VERSION) if f"{{{entry['name']}}}" in _path),
+                *(entry for entry in (NAME, VERSION) if f"{{{entry['name']}}}" in _path),
                 *HEADER_PARAMETERS,
             ],
             "requestBody": _INFER_BODY,
