@@ -99,13 +99,10 @@ class _Lines:
         return line
 
 
-class NdjsonReader(StreamReader):
-    """One JSON value a line: an instance, or an object with `instance` and, if wanted, `id` and `mask`."""
+class _LineReader(StreamReader):
+    """Items of a line each; blank lines are none."""
 
-    def __init__(self, spec: InputSpec, limits: Limits, max_item_bytes: int, *, masked: bool) -> None:
-        self._spec = spec
-        self._limits = limits
-        self._masked = masked
+    def __init__(self, max_item_bytes: int) -> None:
         self._max_item_bytes = max_item_bytes
         self._lines = _Lines(max_item_bytes)
         self._count = 0
@@ -113,16 +110,31 @@ class NdjsonReader(StreamReader):
     @override
     def feed(self, data: bytes) -> Iterator[StreamItem]:
         for line in self._lines.feed(data):
-            yield from self._read(line)
+            if line is None or line.strip():
+                yield from self._read(line)
 
     @override
     def end(self) -> Iterator[StreamItem]:
         for line in self._lines.end():
-            yield from self._read(line)
+            if line is None or line.strip():
+                yield from self._read(line)
 
+    @abstractmethod
     def _read(self, line: bytes | None) -> Iterator[StreamItem]:
-        if line is not None and not line.strip():
-            return
+        """The item in a line, if it is one of items; None is one that is too long."""
+
+
+class NdjsonReader(_LineReader):
+    """One JSON value a line: an instance, or an object with `instance` and, if wanted, `id` and `mask`."""
+
+    def __init__(self, spec: InputSpec, limits: Limits, max_item_bytes: int, *, masked: bool) -> None:
+        super().__init__(max_item_bytes)
+        self._spec = spec
+        self._limits = limits
+        self._masked = masked
+
+    @override
+    def _read(self, line: bytes | None) -> Iterator[StreamItem]:
         index = self._count
         self._count += 1
         if line is None:
@@ -152,35 +164,26 @@ class NdjsonReader(StreamReader):
         yield StreamItem(entry, len(line), identity, mask=mask)
 
 
-class CsvReader(StreamReader):
+class CsvReader(_LineReader):
     """Records, one a line below a line of feature names; a column `id` that is no feature comes back in the answer."""
 
     def __init__(self, spec: InputSpec, max_item_bytes: int) -> None:
         if spec.picture is not None or len(spec.shape) != 1:
             raise InvalidInput("csv: this model takes no records, which are what a line of CSV can hold")
+        super().__init__(max_item_bytes)
         self._spec = spec
-        self._max_item_bytes = max_item_bytes
-        self._lines = _Lines(max_item_bytes)
         self._columns: list[int] | None = None
         self._id_column: int | None = None
         self._width = 0
-        self._count = 0
-
-    @override
-    def feed(self, data: bytes) -> Iterator[StreamItem]:
-        for line in self._lines.feed(data):
-            yield from self._read(line)
 
     @override
     def end(self) -> Iterator[StreamItem]:
-        for line in self._lines.end():
-            yield from self._read(line)
+        yield from super().end()
         if self._columns is None:
             raise MalformedPayload("csv: expected a line of feature names, found none")
 
+    @override
     def _read(self, line: bytes | None) -> Iterator[StreamItem]:
-        if line is not None and not line.strip():
-            return
         if self._columns is None:
             self._read_head(_cells(line, "csv: the first line"))
             return
