@@ -69,7 +69,7 @@ def create_app(settings: Settings, member: Member | None = None, end: Callable[[
             poll_s=settings.store_poll_seconds,
             load_s=settings.load_seconds,
             observe=lambda *batch: metrics.observe_batch(*batch),  # noqa: PLW0108  metrics exist only below
-            observe_change=lambda *change: metrics.observe_change(*change),  # noqa: PLW0108
+            observe_change=lambda *change: metrics.observe_change(*change),  # noqa: PLW0108  likewise
             on_lost=lambda error: app.state.health.lose(str(error)),
         )
         # Health outlasts the catalog, whose end may hang where a device does.

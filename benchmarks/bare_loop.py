@@ -24,9 +24,10 @@ def _rate_per_s(store: Path, job: str, payload: bytes, processes: int, seconds: 
     command = [sys.executable, "-m", "benchmarks.bare_loop", str(seconds), str(batch_size)]
     loops: list[subprocess.Popen[bytes]] = []
     try:
-        for _ in range(processes):
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            loops.append(subprocess.Popen(command, env=environment, **pipes))  # type: ignore[call-overload]
+        loops.extend(
+            subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for _ in range(processes)
+        )
         for loop in loops:
             if loop.stdout is None or loop.stdout.readline() != b"ready\n":
                 raise RuntimeError("bare loop: did not start")

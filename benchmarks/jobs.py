@@ -94,7 +94,7 @@ class Model:
         torch.set_num_threads(1)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)")
-            module = torch.jit.load(str(store / job.model / "1" / "model.pt")).eval()  # type: ignore[no-untyped-call]
+            module = torch.jit.load(str(store / job.model / "1" / "model.pt")).eval()  # type: ignore[no-untyped-call]  # torch
             self._method: Callable[[torch.Tensor], Any] = getattr(
                 torch.jit.freeze(module, preserved_attrs=[job.method]), job.method
             )

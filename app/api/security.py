@@ -7,7 +7,7 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 
@@ -135,8 +135,8 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _words(scopes: object) -> str:
-    return ", ".join(sorted(scopes))  # type: ignore[call-overload]
+def _words(scopes: Iterable[str]) -> str:
+    return ", ".join(sorted(scopes))
 
 
 def _reason(error: Exception) -> str:

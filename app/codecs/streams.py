@@ -378,8 +378,8 @@ _NO_LIMITS = Limits(max_rows=1, max_image_pixels=1)  # of numbers, which cannot 
 
 
 def _identity(value: object, index: int) -> str | int | None:
-    if value is None or type(value) in (str, int):
-        return value  # type: ignore[return-value]
+    if isinstance(value, str | int | None) and not isinstance(value, bool):
+        return value
     raise InvalidInput(f"item {index}: id: expected a string or an integer")
 
 
@@ -395,7 +395,7 @@ def _cells(line: bytes | None, where: str) -> list[str]:
 def _number(cell: str, index: int) -> float:
     try:
         if "_" in cell:  # Python reads 1_000
-            raise ValueError  # noqa: TRY301
+            raise ValueError  # noqa: TRY301  as float would
         return float(cell)
     except ValueError as error:
         raise InvalidInput(f"item {index}: expected numbers, found {cell[:40]!r}") from error

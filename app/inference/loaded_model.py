@@ -121,7 +121,7 @@ class LoadedModel:
         with _LOAD_LOCK, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)")
             try:
-                module = torch.jit.load(io.BytesIO(artifact.model), map_location=device)  # type: ignore[no-untyped-call]
+                module = torch.jit.load(io.BytesIO(artifact.model), map_location=device)  # type: ignore[no-untyped-call]  # torch
             except Exception as error:  # torch raises whatever the bytes lead it to
                 raise ArtifactRefused(f"{manifest.model_file}: torch cannot load it: {_first_line(error)}") from error
             for name in names:

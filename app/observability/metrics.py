@@ -290,7 +290,7 @@ class Metrics:
         if MULTIPROCESS_VARIABLE not in os.environ:
             return self.registry
         counts = CollectorRegistry()
-        MultiProcessCollector(counts)  # type: ignore[no-untyped-call]
+        MultiProcessCollector(counts)  # type: ignore[no-untyped-call]  # the library types nothing
         return counts
 
     def exposition(self) -> bytes:

@@ -145,7 +145,7 @@ def _picture(path: Path, spec: InputSpec, limits: Limits, max_bytes: int) -> Ite
 def _parquet(path: Path, spec: InputSpec, limits: Limits) -> Iterator[Found]:
     """Rows of records, a column each feature; or picture files in a column of binaries. A column `id` comes back."""
     import pyarrow as pa  # noqa: PLC0415  an extra, and slow to import
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415  likewise
 
     try:
         with pq.ParquetFile(path) as file:
@@ -197,7 +197,7 @@ def _records_of(names: list[str], spec: InputSpec) -> Callable[[Any], Iterator[A
 
 def _files_of(schema: Any, names: list[str]) -> Callable[[Any], Iterator[Any]]:
     """Picture files as bytes, or as the structs {bytes, path} that data sets of pictures are kept in."""
-    import pyarrow.types as kinds  # noqa: PLC0415
+    import pyarrow.types as kinds  # noqa: PLC0415  as above
 
     for name in names:
         kind = schema.field(name).type

@@ -121,7 +121,7 @@ class _Parquet(_File):
     @override
     def __enter__(self) -> Self:
         import pyarrow as pa  # noqa: PLC0415  an extra, and slow to import
-        import pyarrow.parquet as pq  # noqa: PLC0415
+        import pyarrow.parquet as pq  # noqa: PLC0415  likewise
 
         super().__enter__()
         types = {"float64": pa.float64(), "bool": pa.bool_(), "string": pa.string(), "int64": pa.int64()}
@@ -141,7 +141,7 @@ class _Parquet(_File):
         self._writer.close()
 
     def _write_group(self) -> None:
-        import pyarrow as pa  # noqa: PLC0415
+        import pyarrow as pa  # noqa: PLC0415  as above
 
         rows = [row | {"id": None if row.get("id") is None else str(row["id"])} for row in self._rows]
         self._writer.write_table(pa.Table.from_pylist(rows, self._schema))

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 torch.set_num_threads(1)
-module = torch.jit.load(str(Path("models_store/mnist-basic/1/model.pt"))).eval()  # type: ignore[no-untyped-call]
+module = torch.jit.load(str(Path("models_store/mnist-basic/1/model.pt"))).eval()  # type: ignore[no-untyped-call]  # torch
 app = FastAPI()
 
 
