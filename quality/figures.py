@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.artifacts.manifest import Capability
 from app.artifacts.store import Artifact
@@ -18,6 +18,7 @@ from training.autoencoders.hourglass import VariationalHourglass
 from training.evaluate import add_noise, psnr_db, psnr_inside_db
 from training.export import ExportedModule
 from training.noise import Noise, generator
+from training.transfer import accuracy, train_head
 
 Pictures = NDArray[np.float32]
 
@@ -50,25 +51,8 @@ def knn_accuracy(train: Pictures, labels: Tensor, test: Pictures, test_labels: T
 
 
 def linear_probe_error(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, weight_decay: float) -> float:
-    """Share of test items that multinomial logistic regression on codes gets wrong; AdamW, 30 epochs, cosine."""
-    scale = train.std(0).clamp_min(1e-3)
-    train, test = train / scale, test / scale
-    noise = generator(0, "linear probe")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layer = nn.Linear(train.shape[1], 10)
-    epochs, batch_size = 30, 250
-    steps = epochs * math.ceil(len(train) / batch_size)
-    optimiser = torch.optim.AdamW(layer.parameters(), lr=2e-3, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in range(epochs):
-        for indices in torch.split(torch.randperm(len(train), generator=noise), batch_size):
-            loss = nn.functional.cross_entropy(layer(train[indices]), labels[indices])
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-    return float((layer(test).argmax(1) != test_labels).double().mean())
+    """Share of test items that multinomial logistic regression on codes gets wrong."""
+    return 1 - accuracy(train_head(train, labels, 10, weight_decay=weight_decay), test, test_labels)
 
 
 def binarised(x: Tensor, key: str) -> Tensor:

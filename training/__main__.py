@@ -41,6 +41,7 @@ from training.run import (
 from training.runs import REPORT_FILE, DataChoice, Recipe, Run, new_folder, settings_of_toml
 from training.splits import split_dataset
 from training.tables import TABLE_SUFFIXES
+from training.transfer import CLASSIFIER_FILE, finetune, write_classifier
 
 DATA_HELP = (
     f"digits (offline), {', '.join(TORCHVISION_SETS)} (through torchvision), a folder of pictures, or a "
@@ -48,6 +49,7 @@ DATA_HELP = (
 )
 SHOWN_SKIPPED = 10
 RUNS = Path("runs")
+CLASSIFIERS = Path("classifiers")
 
 app = typer.Typer(
     name="python -m training",
@@ -392,6 +394,47 @@ def calibrate_command(
         if calibration is not None:
             _say(f"{ref}: {calibration.count} scores, {calibration.id}; model.pt as in {opened.ref}")
         _show_written(ref, store)
+
+
+@app.command("finetune")
+def finetune_command(
+    artifact: ArtifactArgument,
+    data: DataOption,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the classifier goes. Default: classifiers/NAME.")
+    ] = None,
+    hidden_size: Annotated[
+        int, typer.Option("--hidden-size", min=0, help="Of the head's hidden layer; 0: a linear head.")
+    ] = 0,
+    labels_per_class: Annotated[
+        int | None, typer.Option("--labels-per-class", min=1, help="Use only so many labelled items. Default: all.")
+    ] = None,
+    store: StoreOption = Path("models_store"),
+    data_root: DataRootOption = None,
+    image_size: ImageSizeOption = None,
+    channels: ChannelsOption = None,
+    label_column: LabelColumnOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train a small classifier on an artifact's latent vectors, from labelled items; the artifact stays as it is.
+
+    It is written as a TorchScript file, from items to class probabilities, with its labels and figures beside it.
+    """
+    with _one_line_errors():
+        _use_threads(threads)
+        opened = open_artifact(artifact, store)
+        dataset = _load_for(opened, data, data_root, image_size, channels, label_column)
+        classifier = finetune(opened, dataset, hidden_size=hidden_size, labels_per_class=labels_per_class)
+        folder = out or CLASSIFIERS / opened.ref.name
+        write_classifier(folder, classifier, opened, dataset)
+        table = Table(title=f"Test accuracy, {classifier.labelled:,} labelled items of {dataset.name}")
+        for heading in ("the same head on", "accuracy"):
+            table.add_column(heading)
+        table.add_row(f"{opened.manifest.latent_dim} latent numbers of {opened.ref}", f"{classifier.accuracy:.4f}")
+        for words, value in classifier.baselines.items():
+            table.add_row(words, f"{value:.4f}")
+        console.print(table)
+        _say(f'Written: {folder / CLASSIFIER_FILE}; in Python, torch.jit.load("{folder / CLASSIFIER_FILE}")(items)')
 
 
 @app.command("report")

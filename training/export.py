@@ -324,6 +324,31 @@ def self_test_differences(
         yield capability, found.numpy(), vectors[output]
 
 
+class _Classify(nn.Module):
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, *item) → (batch, classes): probabilities."""
+        return torch.softmax(self.head(self.encoder.encode(x)), dim=1)  # type: ignore[operator]
+
+
+def export_classifier(model: bytes, head: nn.Module) -> bytes:
+    """A TorchScript module of an artifact's encoder and a head: float32 items → class probabilities.
+
+    Args:
+        model: the artifact's `model.pt`, which has `encode`.
+        head: (batch, latent_dim) → (batch, classes), logits.
+    """
+    with _deprecation_silenced():
+        encoder = torch.jit.load(io.BytesIO(model)).eval()  # type: ignore[no-untyped-call]
+        scripted = torch.jit.script(_Classify(encoder, head).eval())
+        buffer = io.BytesIO()
+        torch.jit.save(scripted, buffer)
+    return _canonical(buffer.getvalue())
+
+
 def _forget_scripted_classes() -> None:
     """Has TorchScript name classes as a fresh process would. What was scripted before must not be called any more."""
     torch._C._jit_clear_class_registry()

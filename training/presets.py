@@ -137,7 +137,7 @@ _ALL = (
         architecture=Mlp(),
         bottleneck=TopK(1000, active=25),
         likelihood=Likelihood("mse", output="linear"),
-        optimisation=Optimisation(epochs=30, ema_decay=0.999, clip_norm=1.0),
+        optimisation=Optimisation(epochs=15, learning_rate=2e-3, ema_decay=0.999, clip_norm=1.0, bfloat16=True),
     ),
     Preset(
         name="denoising",
@@ -168,7 +168,7 @@ _ALL = (
         architecture=UNet((48, 96)),
         bottleneck=NoBottleneck(),
         optimisation=Optimisation(
-            epochs=16,
+            epochs=10,
             learning_rate=1.2e-3,
             warmup_fraction=0.05,
             weight_decay=1e-4,

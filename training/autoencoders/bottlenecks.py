@@ -137,7 +137,8 @@ class _TopK(Bottleneck):
 
     def passes(self, features: Tensor, z: Tensor) -> list[Pass]:
         wide = self.keep(self.rates(features), min(self.latent_dim, 4 * self.active))
-        return [Pass(self.decode(z)), Pass(self.decode(wide), weight=1 / 8)]
+        narrow, broad = self.decode(torch.cat([z, wide])).chunk(2)  # the directions are normalised once
+        return [Pass(narrow), Pass(broad, weight=1 / 8)]
 
     @torch.no_grad()
     def prepare(self, features: Tensor) -> None:
