@@ -26,7 +26,7 @@ MAX_TIMEOUT_MS = 600_000
 MAX_PRIORITY = 9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Terms:
     """On what terms a request is served: for how long, until when in seconds of the event loop's clock, for whom, and
     how urgently.

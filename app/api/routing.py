@@ -95,7 +95,7 @@ class ItemsQuery(ModelQuery):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Results:
     """What an endpoint answers, before anyone knows in which format.
 
@@ -104,12 +104,14 @@ class Results:
         main: the column that `Accept: application/x-npy` answers, or an array made for it.
         pictures: the column that `Accept: image/png` shows; None if there is nothing to show.
         beside: members that stand beside `results`.
+        shared: members that are the same in every item's answer, behind its columns.
     """
 
     columns: dict[str, Sequence[Any] | NDArray[Any]]
     main: NDArray[Any]
     pictures: str | None = None
     beside: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -367,7 +369,10 @@ def result_rows(
         columns = {**columns, results.pictures: pictures}
     if ids is not None:
         columns = {"id": ids, **columns}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    shared = results.shared
+    return [
+        {**dict(zip(columns, values, strict=True)), **shared} for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def _answer_model(answers: type[BaseModel], beside: dict[str, Any]) -> type[BaseModel]:

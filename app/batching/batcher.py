@@ -32,7 +32,7 @@ Observe = Callable[[Lane[Any, Any], "BatchRecord"], None]
 _LONGEST_DUE_S = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Answered(Generic[Result]):
     """A request's results in the order of its items, and where its time went, in seconds."""
 
@@ -41,7 +41,7 @@ class Answered(Generic[Result]):
     ran_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BatchRecord:
     """One batch that ran: its rows, how long each of its requests had waited, and how long it ran, in seconds."""
 
@@ -51,7 +51,7 @@ class BatchRecord:
     failed_rows: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Request(Waiting[Item, Result]):
     """A caller's items, and the future that it awaits; `unanswered` items have no result yet."""
 
@@ -63,12 +63,12 @@ class _Request(Waiting[Item, Result]):
     started_at: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Waiting.__post_init__(self)  # super() does not work in a dataclass with slots
         self.results = [None] * len(self.items)
         self.unanswered = len(self.items)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Outcome:
     """What came of a batch: a result or an exception per row, when it ran, and the largest batch that fitted."""
 

@@ -28,7 +28,7 @@ class Lane(Generic[Item, Result]):
     row_bytes: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Waiting(Generic[Item, Result]):
     """One caller's items; `taken` of them have left the queue, `waiting` are still in it.
 
@@ -55,7 +55,7 @@ class Waiting(Generic[Item, Result]):
 WaitingT = TypeVar("WaitingT", bound=Waiting[Any, Any])
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Slice(Generic[WaitingT]):
     """A run of one request's items within a batch."""
 

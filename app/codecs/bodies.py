@@ -19,7 +19,7 @@ _PIECE_BYTES = 64 * 1024
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Body:
     """A whole body, decompressed, with its media type in lower case ("" if none was sent) and the type's parameters."""
 

@@ -48,7 +48,7 @@ class Limits:
     max_image_pixels: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ReadItems:
     """Items whose form is right: float32 arrays in the item's shape, or pictures that are not decoded yet."""
 
@@ -65,7 +65,7 @@ class ReadItems:
         return sum(picture.width * picture.height for picture in pictures)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Items:
     """A request's items: `values` (n, *shape) float32 in the manifest's range, and the caller's ids, if any.
 
@@ -259,9 +259,8 @@ def _check_mask_count(found: int, items: int, field: str) -> None:
 
 
 def _read_json(data: bytes, spec: InputSpec, limits: Limits, *, masked: bool) -> ReadItems:
-    if not masked and (rows := parse_rows(data, spec.shape)) is not None:
+    if not masked and (rows := parse_rows(data, spec.shape, spec.range)) is not None:
         _check_count(len(rows), limits)
-        check_rows(rows, spec.range)
         return ReadItems(rows)
     document = parse_json(data)
     if not isinstance(document, dict):

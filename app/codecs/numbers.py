@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from typing import Any
 
@@ -10,36 +11,43 @@ import numpy as np
 import simdjson
 from numpy.typing import NDArray
 
+_BEGINNING = re.compile(rb'\s*\{\s*"instances"\s*:\s*\[')
+_LARGEST = float(np.finfo(np.float32).max)
 _local = threading.local()
 
 
-def parse_rows(data: bytes, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+def parse_rows(
+    data: bytes, shape: tuple[int, ...], value_range: tuple[float, float] | None
+) -> NDArray[np.float32] | None:
     """The rows of `{"instances": [row, …]}`, (n, *shape), each row nested in `shape` or all of them flat.
 
-    None for every other body, good or bad: reading it the slow way tells which, and what is wrong with it. What
-    overflows float32 becomes an infinity.
+    None for every other body, good or bad, and for numbers outside `value_range` or too large for float32: reading it
+    the slow way tells which, and what is wrong with it.
     """
-    # The strings, the objects and the lists that there may be are counted, at the speed of memory: the buffer below
-    # holds a list's numbers however they are nested.
-    if data.count(b'"') != 2 or data.count(b"{") != 1:
+    found = _BEGINNING.match(data)
+    # No string and so no other member; the lists are counted, for the buffer below holds numbers however nested.
+    if found is None or data.find(b'"', found.end()) >= 0:
         return None
     try:
         document: Any = _parser().parse(data)
         instances = document["instances"]
         rows = len(instances)
-        brackets = data.count(b"[") - 1
-        if brackets == rows:
+        lists = data.count(b"[") - 1
+        if lists == rows:
             lengths: tuple[int, ...] = (math.prod(shape),)
-        elif brackets == rows * _lists(shape):
+        elif lists == rows * _lists(shape):
             lengths = shape
         else:
             return None
         if not rows or not all(_is_nested(row, lengths) for row in instances):
             return None
-        with np.errstate(over="ignore"):
-            return np.frombuffer(instances.as_buffer(of_type="d")).astype(np.float32).reshape(rows, *shape)
+        numbers = np.frombuffer(instances.as_buffer(of_type="d"))
     except (ValueError, TypeError, KeyError, RuntimeError):
         return None
+    low, high = value_range or (-_LARGEST, _LARGEST)
+    if low <= np.minimum.reduce(numbers) and np.maximum.reduce(numbers) <= high:
+        return numbers.astype(np.float32).reshape(rows, *shape)
+    return None
 
 
 def _lists(shape: tuple[int, ...]) -> int:

@@ -18,7 +18,7 @@ class ThreadDied(RuntimeError):
     """The thread ended in the middle of a job."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job:
     number: int
     future: Future[Any]
@@ -112,17 +112,30 @@ class WorkerThread(Executor):
             del job  # or what it holds, a model perhaps, would live until the next one comes
 
     def _run_one(self, job: _Job) -> None:
+        future = job.future
         job.has_started = True
         self._current = job.number
+        result, failure = None, None
         try:
-            if job.future.set_running_or_notify_cancel():
-                try:
-                    result = job.call()
-                except BaseException as error:  # noqa: BLE001  it belongs to whoever waits for the job
-                    job.future.set_exception(error)
-                else:
-                    job.future.set_result(result)
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = job.call()
+            except BaseException as error:  # noqa: BLE001  it belongs to whoever waits for the job
+                failure = error
+            # Before anybody is told: the thread that is woken by it would have to wait until this one is done.
+            self._forget(job)
+            if failure is None:
+                future.set_result(result)
+            else:
+                future.set_exception(failure)
         finally:
+            if not future.done():  # killed on the way
+                future.set_exception(ThreadDied(f"{self.name}: the thread died"))
+            self._forget(job)
+
+    def _forget(self, job: _Job) -> None:
+        if self._current is not None:
             self._current = None
             with self._lock:
                 self._unfinished.pop(job.number, None)

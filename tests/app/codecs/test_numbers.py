@@ -26,7 +26,7 @@ LIMITS = Limits(max_rows=64, max_image_pixels=1)
 def test_rows(count: int, nested: bool) -> None:
     rows = np.random.default_rng(0).random((count, *SHAPE)).astype(np.float32)
     body = orjson.dumps({"instances": rows if nested else rows.reshape(count, -1)}, option=orjson.OPT_SERIALIZE_NUMPY)
-    found = parse_rows(body, SHAPE)
+    found = parse_rows(body, SHAPE, (0, 1))
     assert found is not None
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, rows)
@@ -57,19 +57,22 @@ def test_rows(count: int, nested: bool) -> None:
         '{"instances": [[1, 2, 3, 4, 5, 6]]} x',
         '{"instances": 6}',
         '{"others": [[1, 2, 3, 4, 5, 6]]}',
+        '{"instances": [[1, 2, 3, 4, 5, 6]], "instances": [[6, 5, 4, 3, 2, 1]]}',
         '{"instances": [[1, 2, 3, 4, 5, 6]], "ids": [1]}',
         "[[1, 2, 3, 4, 5, 6]]",
         "",
     ],
 )
 def test_everything_else_is_left_to_the_slow_way(text: str) -> None:
-    assert parse_rows(text.encode(), SHAPE) is None
+    assert parse_rows(text.encode(), SHAPE, None) is None
 
 
-def test_what_overflows_becomes_an_infinity() -> None:
-    found = parse_rows(b'{"instances": [[1, 2, 3, 4, 5, -1e39]]}', SHAPE)
-    assert found is not None
-    assert found.reshape(-1)[-1] == -np.inf
+@pytest.mark.parametrize("number", ["-1e39", "1.0000001", "-1e-9"])
+def test_what_lies_outside_the_range_is_left_to_the_slow_way(number: str) -> None:
+    assert parse_rows(f'{{"instances": [[1, 0, 1, 0, 1, {number}]]}}'.encode(), SHAPE, (0, 1)) is None
+    assert (parse_rows(f'{{"instances": [[1, 2, 3, 4, 5, {number}]]}}'.encode(), SHAPE, None) is None) == (
+        number == "-1e39"
+    )
 
 
 NUMBERS = st.one_of(
