@@ -370,9 +370,7 @@ def result_rows(
     if ids is not None:
         columns = {"id": ids, **columns}
     shared = results.shared
-    return [
-        {**dict(zip(columns, values, strict=True)), **shared} for values in zip(*columns.values(), strict=True)
-    ]
+    return [{**dict(zip(columns, values, strict=True)), **shared} for values in zip(*columns.values(), strict=True)]
 
 
 def _answer_model(answers: type[BaseModel], beside: dict[str, Any]) -> type[BaseModel]:

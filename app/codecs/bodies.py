@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import orjson
 from app.errors import InvalidInput, MalformedPayload, PayloadTooLarge, UnsupportedMediaType
 
 _JSON_TYPES = ("", "application/json", "text/json")
+# With one parameter and nothing that would need a parser: what nearly all send.
+_PLAIN_CONTENT_TYPE = re.compile(r"([\w./+-]+);\s*([A-Za-z]+)=(\"?)([\w'()+,./:=?-]+)\3", re.ASCII)
 _PIECE_BYTES = 64 * 1024
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
@@ -44,6 +47,8 @@ def parse_content_type(header: str) -> tuple[str, dict[str, str]]:
         return "", {}
     if ";" not in header:
         return header.strip().lower(), {}
+    if plain := _PLAIN_CONTENT_TYPE.fullmatch(header):
+        return plain[1].lower(), {plain[2].lower(): plain[4]}
     message = Message()
     message["content-type"] = header
     parameters = {key.lower(): value for key, value in (message.get_params() or [])[1:] if isinstance(value, str)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from email.message import Message
 from typing import TYPE_CHECKING
@@ -14,6 +15,12 @@ from app.errors import InvalidInput, MalformedPayload, PayloadTooLarge, ServiceE
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks  # exists for type checkers alone
+
+
+_PLAIN_HEAD = re.compile(
+    rb'\r\nContent-Disposition: form-data; name="([\w.-]+)"; filename="([\w. -]+)"(?:\r\nContent-Type: [\w./+-]+)?',
+    re.ASCII | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ def parse_multipart(body: Body, max_parts: int) -> list[Part]:
     Raises MalformedPayload for bytes that are no complete form, InvalidInput for a part that is no file, and
     PayloadTooLarge for more than `max_parts`.
     """
+    if (plain := _plain_parts(body)) is not None and len(plain) <= max_parts:
+        return plain
     reader = MultipartReader(body.parameters, max_parts)
     parts = reader.feed(body.data)
     reader.end()
@@ -38,6 +47,28 @@ def parse_multipart(body: Body, max_parts: int) -> list[Part]:
         if isinstance(part, ServiceError):
             raise part
     return [part for part in parts if isinstance(part, Part)]
+
+
+def _plain_parts(body: Body) -> list[Part] | None:
+    """The files of a form that is written as nearly all are; None for every other, good or bad, which the parser reads.
+
+    A split at the speed of memory, in place of a look at every part's headers byte by byte.
+    """
+    boundary = body.parameters.get("boundary", "").encode("latin-1", "replace")
+    opening = b"--" + boundary + b"\r\n"
+    if not boundary or not body.data.startswith(opening):
+        return None
+    *pieces, closing = body.data[len(opening) - 2 :].split(b"\r\n--" + boundary)
+    if closing not in (b"--\r\n", b"--") or not pieces:
+        return None
+    parts = []
+    for piece in pieces:
+        head, blank, data = piece.partition(b"\r\n\r\n")
+        found = _PLAIN_HEAD.fullmatch(head)
+        if not blank or found is None:
+            return None
+        parts.append(Part(found[1].decode(), found[2].decode(), data))
+    return parts
 
 
 class MultipartReader:
