@@ -20,6 +20,7 @@ from app.artifacts.manifest import Capability, InputSpec, Method, TensorSpec
 from training.autoencoders import Autoencoder
 from training.errors import TrainingError
 from training.sampler import Sampler, prior_sampler
+from training.scores import Scorer
 
 TOLERANCE = 1e-5
 """Largest difference between the eager module and the exported one, of records in units of a feature's size."""
@@ -30,6 +31,7 @@ CHECKED_BATCH_SIZES = (1, 2, 7, 64)
 class _Method(nn.Module):
     if TYPE_CHECKING:  # TorchScript would take the annotation for a type of its own
         network: Autoencoder
+        scorer: Scorer
 
 
 class _Encode(_Method):
@@ -73,9 +75,25 @@ class _Inpaint(_Method):
 
 class _AnomalyScore(_Method):
     @torch.jit.export
-    def anomaly_score(self, x: Tensor) -> Tensor:
-        """(batch, *item) → (batch,): higher is more anomalous."""
-        return self.network.score(x)
+    def anomaly_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, *item) → (batch,), higher is more anomalous, and what it is the weighted mean of, (batch, parts)."""
+        scorer = self.scorer
+        seen = self.network.observe(x, scorer.noise, scorer.sigma, scorer.wants)
+        parts = scorer.evidence(scorer.complete(x, seen))
+        return (parts * scorer.weights).sum(1), parts
+
+
+class _AnomalyMap(_Method):
+    @torch.jit.export
+    def anomaly_map(self, x: Tensor) -> Tensor:
+        """(batch, *item) → (batch, 1, height, width) or (batch, features): how unusual each place is.
+
+        Few normal items exceed 1 anywhere.
+        """
+        scorer = self.scorer
+        flat = self.network.standardise(x).flatten(1)
+        answer = self.network.standardise(self.network.reconstruct(x)).flatten(1)
+        return scorer.map(flat, answer).reshape([x.shape[0]] + scorer.places)  # noqa: RUF005  TorchScript has no stars
 
 
 class _Sample(_Method):
@@ -108,6 +126,7 @@ METHODS: dict[Capability, type[nn.Module]] = {
     Capability.DENOISE: _Denoise,
     Capability.INPAINT: _Inpaint,
     Capability.ANOMALY_SCORE: _AnomalyScore,
+    Capability.ANOMALY_MAP: _AnomalyMap,
     Capability.SAMPLE: _Sample,
 }
 """What each capability exports. A class each, so that a module has the methods of its capabilities and no others."""
@@ -119,17 +138,22 @@ class Servable(nn.Module):
     Made by `servable`, whose class for a set of capabilities inherits their methods.
     """
 
-    def __init__(self, network: Autoencoder, sampler: Sampler | None) -> None:
+    def __init__(self, network: Autoencoder, sampler: Sampler | None, scorer: Scorer | None) -> None:
         super().__init__()
         self.network = network
+        if scorer is not None:
+            self.scorer = scorer
         if sampler is not None:
             self.sampler = sampler
 
 
-def servable(network: Autoencoder, sampler: Sampler | None = None, classes: int = 0) -> Servable:
+def servable(
+    network: Autoencoder, scorer: Scorer | None = None, sampler: Sampler | None = None, classes: int = 0
+) -> Servable:
     """The network with the methods of its capabilities, on the CPU in evaluation mode.
 
     Args:
+        scorer: of a network that gives scores.
         sampler: of latent vectors, by default the prior N(0, I).
         classes: how many classes `sample` can be asked for; 0: it takes no label.
     """
@@ -137,7 +161,7 @@ def servable(network: Autoencoder, sampler: Sampler | None = None, classes: int 
     if samples and sampler is None and network.latent_dim is not None:
         sampler = prior_sampler(network.latent_dim)
     kind = _servable_class(tuple(network.capabilities), of_class=classes > 0)
-    return kind(network.cpu().eval(), sampler if samples else None).eval()
+    return kind(network.cpu().eval(), sampler if samples else None, scorer).eval()
 
 
 @functools.cache
@@ -173,36 +197,58 @@ class ExportedModule:
         state = self._module.state_dict()
         return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
+    @property
+    def scorer(self) -> dict[str, Tensor]:
+        """The score's constants by name, as `Scorer.take` takes them."""
+        prefix = "scorer."
+        state = self._module.state_dict()
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
     def freeze(self) -> ExportedModule:
         """Freezes the module as the service does after loading."""
         with _deprecation_silenced():
             self._module = torch.jit.freeze(self._module, preserved_attrs=list(self.methods))
         return self
 
-    @torch.inference_mode()
     def run(self, method: str, *inputs: Tensor, batch_size: int = 256) -> Tensor:
-        """The method's first output for inputs of any number of rows, on the CPU, in batches.
+        """The method's first output for inputs of any number of rows; as `outputs`."""
+        return self.outputs(method, *inputs, batch_size=batch_size)[0]
+
+    @torch.inference_mode()
+    def outputs(self, method: str, *inputs: Tensor, batch_size: int = 256) -> list[Tensor]:
+        """The method's outputs for inputs of any number of rows, on the CPU, in batches.
 
         Raises TrainingError if there is no such method.
         """
         if method not in self.methods:
             raise TrainingError(f"model.pt: expected a method {method}, found {', '.join(self.methods)}")
         call = getattr(self._module, method)
-        outputs = []
+        batches = []
         for start in range(0, len(inputs[0]), batch_size):
             output = call(*(tensor[start : start + batch_size].to(self.device) for tensor in inputs))
-            outputs.append((output if isinstance(output, Tensor) else output[0]).cpu())
-        return torch.cat(outputs)
+            batches.append([part.cpu() for part in ((output,) if isinstance(output, Tensor) else output)])
+        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def signatures(
-    capabilities: Sequence[Capability], item_shape: tuple[int, ...], latent_dim: int | None, classes: int = 0
+    capabilities: Sequence[Capability],
+    item_shape: tuple[int, ...],
+    latent_dim: int | None,
+    classes: int = 0,
+    parts: int = 1,
 ) -> dict[Capability, Method]:
-    """Inputs and outputs of each method, as the manifest states them; `latent_dim` is None where none has latents."""
+    """Inputs and outputs of each method, as the manifest states them.
+
+    Args:
+        latent_dim: None where none has latents.
+        classes: how many `sample` can be asked for.
+        parts: how many a score has.
+    """
     latent = (1 if latent_dim is None else latent_dim,)
     x, z = ("x", item_shape), ("z", latent)
     noise: list[tuple[str, tuple[int, ...]]] = [("u", ()), ("eps", latent), *([("label", ())] if classes else [])]
-    mask = ("mask", InputSpec(shape=item_shape).mask_shape)
+    places = InputSpec(shape=item_shape).mask_shape
+    mask = ("mask", places)
     table: dict[Capability, tuple[list[tuple[str, tuple[int, ...]]], tuple[str, tuple[int, ...]]]] = {
         Capability.ENCODE: ([x], ("latent", latent)),
         Capability.DECODE: ([z], ("reconstruction", item_shape)),
@@ -210,12 +256,16 @@ def signatures(
         Capability.DENOISE: ([x], ("denoised", item_shape)),
         Capability.INPAINT: ([x, mask], ("inpainted", item_shape)),
         Capability.ANOMALY_SCORE: ([x], ("score", ())),
+        Capability.ANOMALY_MAP: ([x], ("map", places)),
         Capability.SAMPLE: (noise, ("sample", item_shape)),
     }
     return {
         capability: Method(
             inputs=tuple(TensorSpec(name=name, shape=shape) for name, shape in table[capability][0]),
-            outputs=(TensorSpec(name=table[capability][1][0], shape=table[capability][1][1]),),
+            outputs=(
+                TensorSpec(name=table[capability][1][0], shape=table[capability][1][1]),
+                *([TensorSpec(name="parts", shape=(parts,))] if capability is Capability.ANOMALY_SCORE else []),
+            ),
         )
         for capability in capabilities
     }
@@ -225,6 +275,7 @@ def export(
     network: Autoencoder,
     items: Tensor,
     noise: torch.Generator,
+    scorer: Scorer | None = None,
     sampler: Sampler | None = None,
     classes: int = 0,
 ) -> bytes:
@@ -234,12 +285,15 @@ def export(
         network: trained.
         items: float32 items to check with, (at least 64, *item).
         noise: where the other methods' inputs are drawn from.
+        scorer: by default the plain mean squared error.
         sampler, classes: what `sample` draws from, and of how many classes; by default the prior, without classes.
 
     Raises TrainingError if an exported method differs from the eager one by more than TOLERANCE, or if a row's
     answer depends by more than that on how many rows share its batch.
     """
-    eager = servable(network, sampler, classes)
+    if scorer is None and Capability.ANOMALY_SCORE in network.capabilities:
+        scorer = Scorer(tuple(items.shape[1:]))
+    eager = servable(network, scorer, sampler, classes)
     with _deprecation_silenced():
         _forget_scripted_classes()
         scripted = torch.jit.script(eager)
@@ -254,15 +308,19 @@ def export(
         with torch.inference_mode():
             expected = getattr(eager, method)(*inputs)
         for batch_size in CHECKED_BATCH_SIZES:
-            found = exported.run(method, *inputs, batch_size=batch_size)
-            # Records have units of their own: float32 keeps so many digits of a feature, whatever its size.
-            scale = expected.abs().amax(0).clamp_min(1) if items.dim() == 2 else torch.ones(())
-            difference = float(((found - expected).abs() / scale).max())
-            if not difference <= TOLERANCE:
-                raise TrainingError(
-                    f"export: {method} in batches of {batch_size}: expected the eager network's answer within "
-                    f"{TOLERANCE}, found a difference of {difference:.2g}"
-                )
+            outputs = exported.outputs(method, *inputs, batch_size=batch_size)
+            for found, wanted in zip(outputs, [expected] if isinstance(expected, Tensor) else expected, strict=True):
+                # Records have units of their own: float32 keeps so many digits of a feature, whatever its size.
+                scale = wanted.abs().amax(0).clamp_min(1) if items.dim() == 2 else torch.ones(())
+                if method is Capability.ANOMALY_SCORE:
+                    # Evidence grows without bound, and is steep where normal items hardly differ.
+                    scale = 5 * wanted.abs().clamp_min(1)
+                difference = float(((found - wanted).abs() / scale).max())
+                if not difference <= TOLERANCE:
+                    raise TrainingError(
+                        f"export: {method} in batches of {batch_size}: expected the eager network's answer within "
+                        f"{TOLERANCE}, found a difference of {difference:.2g}"
+                    )
     return data
 
 
@@ -296,7 +354,8 @@ def self_test_vectors(
     for capability, method in methods.items():
         for spec, tensor in zip(method.inputs, inputs[capability], strict=True):
             arrays[f"{capability}/in/{spec.name}"] = tensor.numpy()
-        arrays[f"{capability}/out/{method.outputs[0].name}"] = exported.run(capability, *inputs[capability]).numpy()
+        for spec, tensor in zip(method.outputs, exported.outputs(capability, *inputs[capability]), strict=True):
+            arrays[f"{capability}/out/{spec.name}"] = tensor.numpy()
     return npz_bytes({key: array.astype("<f4") for key, array in arrays.items()})
 
 
@@ -317,11 +376,15 @@ def self_test_differences(
     """Runs the stored inputs of every method: (method, found, expected). Raises TrainingError if one is missing."""
     for capability, method in methods.items():
         keys = [f"{capability}/in/{spec.name}" for spec in method.inputs]
-        output = f"{capability}/out/{method.outputs[0].name}"
-        if missing := [key for key in (*keys, output) if key not in vectors]:
+        outputs = [f"{capability}/out/{spec.name}" for spec in method.outputs]
+        if missing := [key for key in (*keys, *outputs) if key not in vectors]:
             raise TrainingError(f"self-test: expected the arrays {missing}, found {sorted(vectors)}")
-        found = exported.run(capability, *(torch.from_numpy(vectors[key].copy()) for key in keys))
-        yield capability, found.numpy(), vectors[output]
+        found = exported.outputs(capability, *(torch.from_numpy(vectors[key].copy()) for key in keys))
+        together = [
+            np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
+            for arrays in ([tensor.numpy() for tensor in found], [vectors[key] for key in outputs])
+        ]
+        yield capability, together[0], together[1]
 
 
 class _Classify(nn.Module):

@@ -53,6 +53,7 @@ from training.presets import Preset, build_network
 from training.processes import Processes
 from training.projection import PROJECTION_FILE, fit_projection, shuffled
 from training.sampler import Sampler, Sampling, fit_sampler
+from training.scores import fit_scorer
 from training.splits import PARTS, Split, split_dataset
 
 MODEL_FILE = "model.pt"
@@ -214,8 +215,12 @@ def finish(
     latents = _held_out_latents(network, dataset, split, preset.sampling, seed)
     labels = dataset.label_names if latents.conditional else None
     classes = len(labels or ())
+    scorer = None
+    if Capability.ANOMALY_SCORE in network.capabilities:
+        # The validation part measures evidence, the calibration part is left for what comes of it.
+        scorer = fit_scorer(network.eval(), preset.scoring, parts["train"], parts["validation"])
     model = export(
-        network, _rows(parts["test"], EXPORT_CHECK_ROWS), generator(seed, "export"), latents.sampler, classes
+        network, _rows(parts["test"], EXPORT_CHECK_ROWS), generator(seed, "export"), scorer, latents.sampler, classes
     )
     exported = ExportedModule(model)
     files = {MODEL_FILE: model}
@@ -241,7 +246,8 @@ def finish(
         unit="squared error per value",
         protocol=f"{dataset.name} validation part, {len(parts['validation'])} items, training seed {seed}",
     )
-    methods = signatures(network.capabilities, dataset.item_shape, network.latent_dim, classes)
+    components = () if scorer is None else tuple(scorer.names)
+    methods = signatures(network.capabilities, dataset.item_shape, network.latent_dim, classes, parts=len(components))
     rows = method_inputs(
         network.capabilities,
         network.latent_dim,
@@ -265,6 +271,7 @@ def finish(
         unsupported=unsupported(network.capabilities, metrics),
         default_for=tuple(default_for),
         labels=labels,
+        components=components,
         interpolation="spherical" if network.prior else "linear",
         projection=None if latents.projection is None else latents.projection[0],
         max_batch_size=preset.max_batch_size,
@@ -415,7 +422,7 @@ def recalibrate(artifact: Artifact, dataset: Dataset, source: str) -> ArtifactRe
         )
     if manifest.calibration is None:
         raise TrainingError(f"{artifact.ref}: expected an artifact that gives anomaly scores, found none")
-    _, entry, scores = calibrate(ExportedModule(artifact.model), dataset.items, source)
+    _, entry, scores = calibrate(ExportedModule(artifact.model), dataset.items, source, manifest.fusion)
     file = manifest.calibration.file
     changed = manifest.model_copy(
         update={

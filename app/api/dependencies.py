@@ -49,6 +49,8 @@ class Model:
 
     served: ServedModel
     terms: Terms
+    shows_picture: bool = False
+    """Whether the answer will be a picture, and nothing else."""
     queued_s: float = field(default=0.0, init=False)
     ran_s: float = field(default=0.0, init=False)
 

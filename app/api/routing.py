@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -74,6 +74,9 @@ class ModelQuery(BaseModel):
     """Query parameters of every inference route."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    of_whole_request: ClassVar[tuple[str, ...]] = ()
+    """Parameters that judge all items of a request together, so that a stream cannot have them."""
 
     model: str | None = Field(
         None,
@@ -275,7 +278,7 @@ class InferenceRouter(APIRouter):
                     expected = " or ".join(kind for kind in offered if kind != HTML)
                     raise errors.NotAcceptable(f"accept: expected {expected}, found {accept!r}")
                 terms = read_terms(scope, headers, services.settings)
-                model = Model(model_found, terms)
+                model = Model(model_found, terms, shows_picture=media_type == PNG)
                 counted = services_of(request).metrics.inference(
                     model_found.manifest.name, model_found.manifest.version
                 )

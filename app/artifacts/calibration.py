@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+TAIL_SHARE, FEWEST_IN_TAIL = 0.05, 10
+
 
 @dataclass(frozen=True)
 class Verdicts:
     """What a calibration says of a batch of scores, each array (batch,).
 
-    `threshold` belongs to `target_fpr`: an item is an anomaly exactly if its score lies above it.
+    `threshold` belongs to `target_fpr`: an item is an anomaly exactly if its score lies above it. `extrapolated`: the
+    rate is finer than the scores support, so p-values above all of them are the tail model's.
     """
 
     p_value: NDArray[np.float64]
     is_anomaly: NDArray[np.bool_]
     threshold: float
     target_fpr: float
+    extrapolated: bool = False
 
 
 class RateTooFine(ValueError):
     """A false-positive rate below 1 / (n + 1): n normal scores cannot tell it from zero."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How the share of normal scores falls above `start`: share · exp(−(s − start) / scale).
+
+    A model, not a measurement: right where scores are evidence in powers of ten, as fused ones are.
+    """
+
+    start: float
+    scale: float
+    share: float
+
+    @classmethod
+    def fit(cls, scores: NDArray[np.float32]) -> Self | None:
+        """By the mean excess over the top 5 % of ascending scores; None where those are too few or all alike."""
+        beyond = math.ceil(TAIL_SHARE * len(scores))
+        if beyond < FEWEST_IN_TAIL:
+            return None
+        start = float(scores[-beyond - 1])
+        scale = float((scores[-beyond:].astype(np.float64) - start).mean())
+        return cls(start, scale, beyond / (len(scores) + 1)) if scale > 0 else None
+
+    def p_value(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The share of normal items with such a score or a higher."""
+        excess = (scores.astype(np.float64) - self.start) / self.scale
+        return np.asarray(self.share * np.exp(-np.maximum(excess, 0.0)))
+
+    def score_at(self, rate: float) -> float:
+        """The score that this share of normal items exceeds."""
+        return self.start + self.scale * math.log(self.share / rate)
 
 
 @dataclass(frozen=True)
@@ -38,16 +74,17 @@ class Calibration:
     """
 
     scores: NDArray[np.float32]  # (n,), ascending
+    tail: Tail | None = None
 
     @classmethod
-    def from_scores(cls, scores: NDArray[np.float32]) -> Self:
+    def from_scores(cls, scores: NDArray[np.float32], tail: Tail | None = None) -> Self:
         """A calibration from unsorted scores, (n,). Raises ValueError if there is none or one is not finite."""
         flat = np.asarray(scores, dtype=np.float32).reshape(-1)
         if flat.size == 0:
             raise ValueError("calibration scores: expected at least one, found none")
         if not np.isfinite(flat).all():
             raise ValueError("calibration scores: expected finite numbers, found NaN or infinity")
-        return cls(np.sort(flat))
+        return cls(np.sort(flat), tail)
 
     @property
     def id(self) -> str:
@@ -62,20 +99,65 @@ class Calibration:
     def verdicts(self, scores: NDArray[np.float32], target_fpr: float) -> Verdicts:
         """Judges scores, (batch,), at a false-positive rate in (0, 1).
 
-        Raises RateTooFine below `finest_target_fpr`.
+        Raises RateTooFine below `finest_target_fpr` where there is no tail model.
         """
         n = len(self.scores)
-        # On the counts: the largest k with k / (n + 1) ≤ target_fpr. Compared as p-values are, since .29 · 100 is
-        # 28.999… in binary floating point, and 3 / 7 · 7 may be 2.999…
-        allowed = int(target_fpr * (n + 1))
-        if (allowed + 1) / (n + 1) <= target_fpr:
-            allowed += 1
+        allowed, counts = self._allowed(target_fpr), self._counts(scores)
         if allowed < 1:
-            raise RateTooFine(f"target_fpr: {target_fpr} is finer than 1/{n + 1}, what {n} normal scores support")
-        counts = (n + 1) - self.scores.searchsorted(np.asarray(scores, np.float32))
+            return self._beyond(scores, counts / (n + 1), target_fpr)
         return Verdicts(
             p_value=counts / (n + 1),
             is_anomaly=counts <= allowed,
             threshold=float(self.scores[n - allowed]),
             target_fpr=float(target_fpr),
         )
+
+    def discoveries(self, scores: NDArray[np.float32], fdr: float) -> Verdicts:
+        """Judges scores, (batch,), together: of those called anomalies, at most this share are normal on average.
+
+        `target_fpr` is the p-value up to which items are called so, `threshold` lies at or above every other score.
+
+        Source: Benjamini & Hochberg 1995; for conformal p-values Bates et al. 2023, arXiv:2104.08279.
+        """
+        counts = np.sort(self._counts(scores))
+        ranks = np.arange(1, len(scores) + 1)
+        rates = fdr * ranks / len(scores)
+        found = np.flatnonzero(counts <= np.array([self._allowed(rate) for rate in rates]))
+        rate = float(rates[found[-1]] if len(found) else rates[0])
+        allowed = self._allowed(rate) if len(found) else 0
+        n = len(self.scores)
+        threshold = self.scores[n - allowed] if allowed else max(self.scores[-1], scores.astype(np.float32).max())
+        return Verdicts(
+            p_value=self.p_values(scores),
+            is_anomaly=self._counts(scores) <= allowed,
+            threshold=float(threshold),
+            target_fpr=rate,
+        )
+
+    def p_values(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(1 + #{calibration scores ≥ score}) / (n + 1), (batch,)."""
+        return np.asarray(self._counts(scores) / (len(self.scores) + 1))
+
+    def _counts(self, scores: NDArray[np.float32]) -> NDArray[np.int64]:
+        """1 + #{calibration scores ≥ score}, (batch,)."""
+        return (len(self.scores) + 1) - self.scores.searchsorted(np.asarray(scores, np.float32))
+
+    def _allowed(self, rate: float) -> int:
+        """The largest k with k / (n + 1) ≤ rate."""
+        n = len(self.scores)
+        # Compared as p-values are, since .29 · 100 is 28.999… in binary floating point, and 3 / 7 · 7 may be 2.999…
+        allowed = int(rate * (n + 1))
+        return allowed + 1 if (allowed + 1) / (n + 1) <= rate else allowed
+
+    def _beyond(self, scores: NDArray[np.float32], p_value: NDArray[np.float64], rate: float) -> Verdicts:
+        n = len(self.scores)
+        if self.tail is None:
+            raise RateTooFine(f"target_fpr: {rate} is finer than 1/{n + 1}, what {n} normal scores support")
+        # As wide as the scores, and above all that were measured: those have p-values that are none of a model.
+        threshold = np.float32(max(self.tail.score_at(rate), float(self.scores[-1])))
+        above = scores.astype(np.float32) > threshold
+        modelled = np.minimum(self.tail.p_value(scores), 1 / (n + 1))
+        p_value = np.where(scores.astype(np.float32) > self.scores[-1], modelled, p_value)
+        # On the scores: p-values of a threshold's neighbours may differ by less than they are rounded.
+        p_value = np.where(above, np.minimum(p_value, rate), np.maximum(p_value, np.nextafter(rate, 1)))
+        return Verdicts(p_value, above, float(threshold), float(rate), extrapolated=True)

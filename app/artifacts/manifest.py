@@ -7,7 +7,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, StringConstraints, model_validator
 
 SCHEMA_VERSION: Literal[1] = 1
 """Raised whenever a reader of the previous one could misread a manifest."""
@@ -30,6 +32,7 @@ class Capability(StrEnum):
     DENOISE = "denoise"
     INPAINT = "inpaint"
     ANOMALY_SCORE = "anomaly_score"
+    ANOMALY_MAP = "anomaly_map"
     SAMPLE = "sample"
 
 
@@ -90,6 +93,11 @@ class InputSpec(_Strict):
         return math.prod(self.shape)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of a record's features: x0, x1, … where the manifest has none."""
+        return self.features or tuple(f"x{index}" for index in range(self.size))
+
+    @property
     def mask_shape(self) -> tuple[int, ...]:
         """Shape of the mask that goes with one item: 1 where a value is missing, the same for all channels."""
         return (1, *self.shape[1:]) if len(self.shape) == 3 else self.shape
@@ -108,6 +116,34 @@ class InputSpec(_Strict):
         return self
 
 
+class TailEntry(_Strict):
+    """How scores go on above the calibration's own: a share `share` lies above `start`, and above s in all
+    share · exp(−(s − start) / scale).
+    """
+
+    start: float
+    scale: float = Field(gt=0)
+    share: float = Field(gt=0, lt=1)
+
+
+class MapScale(_Strict):
+    """What values of `anomaly_map` mean, the same for every item: `typical` is shown as 0, `threshold` as 1.
+
+    `typical` is the median over all places of normal items; no more than the share `target_fpr` of normal items
+    exceeds `threshold` anywhere.
+    """
+
+    typical: float
+    threshold: float
+    target_fpr: float = Field(gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.typical < self.threshold:
+            raise ValueError(f"map: expected typical < threshold, found {self.typical:g} and {self.threshold:g}")
+        return self
+
+
 class CalibrationEntry(_Strict):
     """Which normal data verdicts are measured against. The sorted scores lie in `file`, a float32 .npy of (count,)."""
 
@@ -116,6 +152,29 @@ class CalibrationEntry(_Strict):
     count: PositiveInt
     source: str = Field(description="The data set and the part of it that was scored.")
     default_target_fpr: float = Field(0.01, gt=0, lt=1)
+    tail: TailEntry | None = Field(
+        None, description="For rates finer than the scores support; null: those are refused."
+    )
+    map: MapScale | None = Field(None, description="Needed for anomaly_map.")
+
+
+class FusionEntry(_Strict):
+    """Weights of a score's parts that were learnt from labelled anomalies: the score is the parts' mean by them."""
+
+    weights: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+    source: str = Field(description="The items that they were chosen on.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not sum(self.weights) > 0:
+            raise ValueError("fusion.weights: expected at least one above 0")
+        return self
+
+    def fuse(self, parts: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(batch, parts) → scores, (batch,)."""
+        weights = np.asarray(self.weights, dtype=np.float32)
+        # Row by row: a product's last digits depend on how many rows share it.
+        return np.asarray((parts * (weights / weights.sum())).sum(1), dtype=np.float32)
 
 
 class ProjectionEntry(_Strict):
@@ -198,6 +257,14 @@ class Manifest(_Strict):
     interpolation: Literal["linear", "spherical"] = Field(
         "linear", description="The way from one latent vector to another that stays among likely ones."
     )
+    components: tuple[str, ...] = Field(
+        (),
+        description="Names of the score's parts, the columns of the second output of `anomaly_score`: each −log10 of "
+        "the share of normal items that are so unusual in it.",
+    )
+    fusion: FusionEntry | None = Field(
+        None, description="Weights of the parts in place of the module's own; null: its own, set without any anomaly."
+    )
     projection: ProjectionEntry | None = None
     max_batch_size: PositiveInt = 64
     calibration: CalibrationEntry | None = None
@@ -228,10 +295,22 @@ class Manifest(_Strict):
                 raise ValueError(f"default_for: {capability} is not among the capabilities")
         if both := self.capabilities.keys() & self.unsupported.keys():
             raise ValueError(f"unsupported: {sorted(both)} are among the capabilities too")
-        if Capability.ANOMALY_SCORE in self.capabilities and self.calibration is None:
-            raise ValueError("calibration: needed for anomaly_score, found none")
+        self._check_scores()
         self._check_signatures()
         return self
+
+    def _check_scores(self) -> None:
+        """What verdicts and heat-maps need."""
+        if Capability.ANOMALY_SCORE in self.capabilities and self.calibration is None:
+            raise ValueError("calibration: needed for anomaly_score, found none")
+        if Capability.ANOMALY_MAP in self.capabilities and (self.calibration is None or self.calibration.map is None):
+            raise ValueError("calibration.map: needed for anomaly_map, found none")
+        if self.components:
+            parts = [] if (score := self.capabilities.get(Capability.ANOMALY_SCORE)) is None else score.outputs[1:]
+            if [part.shape for part in parts] != [(len(self.components),)]:
+                raise ValueError(f"components: {len(self.components)} names, but anomaly_score gives {list(parts)}")
+        if self.fusion is not None and len(self.fusion.weights) != len(self.components):
+            raise ValueError(f"fusion.weights: expected one for each of the components {self.components}")
 
     def _check_signatures(self) -> None:
         """The shapes that the service relies on; further outputs after the first are the artifact's own."""
@@ -245,6 +324,7 @@ class Manifest(_Strict):
             Capability.DENOISE: ([item], item),
             Capability.INPAINT: ([item, self.input.mask_shape], item),
             Capability.ANOMALY_SCORE: ([item], ()),
+            Capability.ANOMALY_MAP: ([item], self.input.mask_shape),
             Capability.SAMPLE: (noise, item),
         }
         for capability, method in self.capabilities.items():

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, PositiveInt, StringConstraints, TypeAdapter, ValidationError
 
-from app.artifacts.calibration import Calibration
+from app.artifacts.calibration import Calibration, Tail
 from app.artifacts.manifest import NAME_PATTERN, SCHEMA_VERSION, FileEntry, Manifest
 from app.errors import ArtifactRefused
 
@@ -79,7 +79,8 @@ class Artifact:
             return None
         try:
             scores = np.load(io.BytesIO(self.files[entry.file]), allow_pickle=False)
-            calibration = Calibration.from_scores(scores)
+            tail = None if entry.tail is None else Tail(entry.tail.start, entry.tail.scale, entry.tail.share)
+            calibration = Calibration.from_scores(scores, tail)
         except Exception as error:  # numpy's reader raises whatever the damage leads to
             raise ArtifactRefused(f"{entry.file}: not readable as scores: {error}") from error
         if len(calibration.scores) != entry.count or calibration.id != entry.id:

@@ -1,28 +1,62 @@
-"""POST /anomaly-score: how unusual each item is, and how often a normal one would look like that."""
+"""POST /anomaly-score: how unusual each item is and where, and how often a normal one would look like that."""
 
 from __future__ import annotations
 
+import asyncio
+import base64
+from typing import Any, ClassVar, Literal
+
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from app.api.dependencies import Model
 from app.api.routing import InferenceRouter, ItemsQuery, Results
-from app.artifacts.calibration import RateTooFine
-from app.artifacts.manifest import Capability
+from app.artifacts.calibration import Calibration, RateTooFine, Verdicts
+from app.artifacts.manifest import CalibrationEntry, Capability
+from app.capabilities.heatmap import boxes_above, overlays
+from app.codecs.images import encode_png
 from app.codecs.items import Items
-from app.errors import InvalidParameter
+from app.errors import CapabilityNotSupported, InvalidParameter
 
 router = InferenceRouter(tags=["inference"])
+
+MOST_CONTRIBUTIONS = 10
+CEILING = 1.0  # of a heat-map: what only few normal items exceed anywhere
 
 
 class AnomalyQuery(ItemsQuery):
     """Query parameters of /anomaly-score."""
+
+    of_whole_request: ClassVar[tuple[str, ...]] = ("fdr",)
 
     target_fpr: float | None = Field(
         None,
         gt=0,
         lt=1,
         description="False-positive rate among normal items to decide at; unset: the artifact's own, usually 0.01.",
+    )
+    fdr: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="In place of `target_fpr`: of the request's items called anomalies, at most this share is normal, "
+        "on average (Benjamini-Hochberg).",
+    )
+    heatmap: Literal["none", "array", "png", "true", "false"] = Field(
+        "none",
+        description="Pictures: where each is unusual, on one scale for all: 0 is typical, above 1 is what few normal "
+        "pictures show anywhere. `array` (or `true`): height × width numbers; `png`: laid over the picture, in base64.",
+    )
+    boxes: bool = Field(False, description="`true`: pictures: rectangles around what is above 1 in the heat-map.")
+
+
+class Contribution(BaseModel):
+    """What one feature of a record has to do with its score."""
+
+    feature: str
+    value: float = Field(
+        description="On one scale for all records: 0 is typical, few normal records exceed 1 anywhere."
     )
 
 
@@ -35,48 +69,106 @@ class Verdict(BaseModel):
     )
     is_anomaly: bool = Field(description="p_value ≤ target_fpr.")
     threshold: float = Field(description="Score above which an item is an anomaly at this target_fpr.")
-    target_fpr: float
+    target_fpr: float = Field(description="With `fdr`, the p-value up to which this request's items are anomalies.")
     calibration_id: str = Field(description="Names the normal scores that the verdict is measured against.")
-    extrapolated: bool = Field(description="Whether the p-value reaches beyond what the calibration scores support.")
-    components: dict[str, float] = Field(description="Parts of the score, by name.")
+    extrapolated: bool = Field(
+        description="Whether target_fpr is finer than the calibration scores support, so that a model of their tail "
+        "decides."
+    )
+    components: dict[str, float] = Field(
+        description="Parts of the score by name, each −log10 of the share of normal items that are so unusual in it."
+    )
+    contributions: list[Contribution] | None = Field(
+        None, description="Records alone: the features that are most unusual, the first most of all."
+    )
+    heatmap: list[Any] | str | None = Field(
+        None, description="With `heatmap` alone: height × width numbers, or a base64 PNG file."
+    )
+    boxes: list[list[int]] | None = Field(
+        None, description="With `boxes=true` alone: [x0, y0, x1, y1] in model pixels, x1 and y1 just outside."
+    )
 
 
-@router.items(
-    "/anomaly-score", capability=Capability.ANOMALY_SCORE, answers=Verdict, query=AnomalyQuery, shows_pictures=False
-)
+@router.items("/anomaly-score", capability=Capability.ANOMALY_SCORE, answers=Verdict, query=AnomalyQuery)
 async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Results:
     """Score each item against held-out normal data and decide at the false-positive rate that you choose."""
+    calibration, entry = _calibration(model)
+    judge = _judge(calibration, entry, query)
+    manifest = model.manifest
+    outputs, places = await _outputs(items, model, with_map=_wants_map(model, query))
+    scores = outputs[0] if manifest.fusion is None else manifest.fusion.fuse(outputs[1])  # (n,)
+    verdicts = judge(scores)
+    count, names = len(items), manifest.components
+    columns: dict[str, Any] = {
+        "score": scores,
+        "p_value": verdicts.p_value,
+        "is_anomaly": verdicts.is_anomaly,
+        # As wide as the scores: written in decimal, both still compare as they did.
+        "threshold": [np.float32(verdicts.threshold)] * count,
+        "target_fpr": [verdicts.target_fpr] * count,
+        "calibration_id": [entry.id] * count,
+        "extrapolated": [verdicts.extrapolated] * count,
+        "components": [dict(zip(names, parts, strict=True)) for parts in outputs[1]] if names else [{}] * count,
+    }
+    main = np.empty((count, 2))  # float64
+    main[:, 0], main[:, 1] = scores, verdicts.p_value
+    if places is None:
+        return Results(columns, main=main)
+    if manifest.input.picture is None:
+        return Results({**columns, "contributions": _contributions(places, manifest.input.names)}, main=main)
+    return _with_maps(Results(columns, main=main), items, model, query, places[:, 0])
+
+
+async def _outputs(
+    items: Items, model: Model, *, with_map: bool
+) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32] | None]:
+    """What the artifact says of the items, and its map of them where it is wanted, both waiting at once."""
+    if not with_map:
+        return await model.run(Capability.ANOMALY_SCORE, items.values), None
+    try:
+        async with asyncio.TaskGroup() as group:
+            scoring = group.create_task(model.run(Capability.ANOMALY_SCORE, items.values))
+            mapping = group.create_task(heatmaps(items, model))
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return scoring.result(), mapping.result()
+
+
+async def heatmaps(items: Items, model: Model) -> NDArray[np.float32]:
+    """Where each item is unusual, (n, *mask_shape): 0 is typical, few normal items exceed 1 anywhere."""
+    scale = _calibration(model)[1].map
+    if scale is None:
+        raise RuntimeError(f"{model}: anomaly_map without a scale got past the manifest")
+    (values,) = await model.run(Capability.ANOMALY_MAP, items.values)
+    unit = np.float32(scale.threshold - scale.typical)
+    return np.asarray((values - np.float32(scale.typical)) / unit, dtype=np.float32)
+
+
+def _calibration(model: Model) -> tuple[Calibration, CalibrationEntry]:
     calibration, entry = model.calibration, model.manifest.calibration
     if calibration is None or entry is None:
         raise RuntimeError(f"{model}: anomaly_score without a calibration got past the manifest")
+    return calibration, entry
+
+
+def _judge(calibration: Calibration, entry: CalibrationEntry, query: AnomalyQuery) -> Any:
+    """From scores to verdicts. Raises InvalidParameter for rates that nothing supports, before anything runs."""
+    if query.fdr is not None:
+        if query.target_fpr is not None:
+            raise InvalidParameter("fdr: expected either fdr or target_fpr, found both")
+        fdr = query.fdr
+        return lambda scores: calibration.discoveries(scores, fdr)
     target_fpr = entry.default_target_fpr if query.target_fpr is None else query.target_fpr
-    if target_fpr < calibration.finest_target_fpr:
+    if target_fpr < calibration.finest_target_fpr and calibration.tail is None:
         raise _too_fine(target_fpr, len(calibration.scores))
-    outputs = await model.run(Capability.ANOMALY_SCORE, items.values)
-    scores = outputs[0]  # (n,)
-    try:
-        verdicts = calibration.verdicts(scores, target_fpr)
-    except RateTooFine as error:
-        raise _too_fine(target_fpr, len(calibration.scores)) from error
-    specs = model.manifest.capabilities[Capability.ANOMALY_SCORE].outputs
-    parts = {spec.name: output for spec, output in zip(specs[1:], outputs[1:], strict=True) if spec.shape == ()}
-    count = len(items)
-    main = np.empty((count, 2))  # float64
-    main[:, 0], main[:, 1] = scores, verdicts.p_value
-    return Results(
-        {
-            "score": scores,
-            "p_value": verdicts.p_value,
-            "is_anomaly": verdicts.is_anomaly,
-            # As wide as the scores: written in decimal, both still compare as they did.
-            "threshold": [np.float32(verdicts.threshold)] * count,
-            "target_fpr": [target_fpr] * count,
-            "calibration_id": [entry.id] * count,
-            "extrapolated": [False] * count,
-            "components": [{name: part[index] for name, part in parts.items()} for index in range(count)],
-        },
-        main=main,
-    )
+
+    def judge(scores: NDArray[np.float32]) -> Verdicts:
+        try:
+            return calibration.verdicts(scores, target_fpr)
+        except RateTooFine as error:
+            raise _too_fine(target_fpr, len(calibration.scores)) from error
+
+    return judge
 
 
 def _too_fine(target_fpr: float, count: int) -> InvalidParameter:
@@ -84,3 +176,44 @@ def _too_fine(target_fpr: float, count: int) -> InvalidParameter:
         f"target_fpr: {count} calibration scores support rates down to 1/{count + 1} = {1 / (count + 1):.3g}, "
         f"found {target_fpr:g}"
     )
+
+
+def _wants_map(model: Model, query: AnomalyQuery) -> bool:
+    """Whether the map is to be computed. Raises InvalidParameter or CapabilityNotSupported where there is none."""
+    able = Capability.ANOMALY_MAP in model.manifest.capabilities
+    wanted = query.heatmap not in ("none", "false") or query.boxes
+    if model.manifest.input.picture is None:
+        if wanted:
+            name = "boxes" if query.boxes else "heatmap"
+            raise InvalidParameter(f"{name}: this model takes records, whose contributions every answer has")
+        return able
+    if (wanted or model.shows_picture) and not able:
+        raise CapabilityNotSupported(f"{model} has no map of where a picture is unusual")
+    return wanted or model.shows_picture
+
+
+def _with_maps(results: Results, items: Items, model: Model, query: AnomalyQuery, maps: NDArray[np.float32]) -> Results:
+    """The results with heat-maps, (n, height, width), as they are asked for."""
+    columns = dict(results.columns)
+    value_range = model.manifest.input.range or (0.0, 1.0)
+    if query.boxes:
+        columns["boxes"] = [boxes_above(each, CEILING) for each in maps]
+    if model.shows_picture:
+        columns["heatmap"] = overlays(items.values, maps, value_range)
+        return Results(columns, main=results.main, pictures="heatmap")
+    if query.heatmap in ("none", "false"):
+        return Results(columns, main=results.main)
+    columns["heatmap"] = maps
+    if query.heatmap == "png" or query.images == "png":
+        laid = overlays(items.values, maps, value_range)
+        columns["heatmap"] = [base64.b64encode(encode_png(each[np.newaxis], value_range)).decode() for each in laid]
+    return Results(columns, main=maps)
+
+
+def _contributions(places: NDArray[np.float32], names: tuple[str, ...]) -> list[list[dict[str, Any]]]:
+    """Of each record, (n, features), its most unusual features."""
+    orders = np.argsort(-places, axis=1, kind="stable")[:, :MOST_CONTRIBUTIONS]
+    return [
+        [{"feature": names[index], "value": values[index]} for index in order]
+        for order, values in zip(orders, places, strict=True)
+    ]

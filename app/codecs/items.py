@@ -357,6 +357,11 @@ def _record_from_json(instance: dict[str, Any], index: int, features: tuple[str,
                 f"{kind} features {names}" for kind, names in (("unknown", unknown), ("missing", missing)) if names
             )
         )
+    if empty := _some(name for name in features if instance[name] is None):
+        raise InvalidInput(
+            f"item {index}: no value for features {empty}: expected numbers, since a score of guesses would be one; "
+            "/inpaint fills them where a model can"
+        )
     return _row_from_json([instance[name] for name in features], index, (len(features),))
 
 

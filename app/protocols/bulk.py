@@ -81,6 +81,9 @@ def _handler(route: ItemsRoute) -> Handler:
         spec = spec_of(route, served.manifest)
         if query_invert(query) is not None and spec.range is None:
             raise errors.InvalidParameter("invert: this model takes records, which have no dark and light")
+        for name in query.of_whole_request:
+            if getattr(query, name) is not None:
+                raise errors.InvalidParameter(f"{name}: judges all items of a request together; a stream has no end")
         terms = read_terms(scope, headers, settings)
         inflater = Inflater(headers.get(b"content-encoding", b"").decode("latin-1"))
         media_type, parameters = parse_content_type(headers.get(b"content-type", b"").decode("latin-1"))
@@ -166,7 +169,10 @@ def _declare(route: ItemsRoute) -> None:
             **problem_responses(raises),
         },
         openapi_extra={
-            "parameters": [*query_parameters(route.query), *HEADER_PARAMETERS],
+            "parameters": [
+                *(p for p in query_parameters(route.query) if p["name"] not in route.query.of_whole_request),
+                *HEADER_PARAMETERS,
+            ],
             "requestBody": {"required": True, "content": bodies},
         },
         route_class_override=RawRoute,

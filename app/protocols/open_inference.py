@@ -30,7 +30,7 @@ from app.api.routing import COMMON_ERRORS, HEADER_PARAMETERS, ItemsQuery, RawRou
 from app.api.services import services_of
 from app.artifacts.manifest import Capability, Manifest
 from app.artifacts.pictures import pixels_to_range
-from app.capabilities.anomaly_score import AnomalyQuery, anomaly_score
+from app.capabilities.anomaly_score import AnomalyQuery, anomaly_score, heatmaps
 from app.capabilities.decode import decode_latents
 from app.capabilities.denoise import denoise
 from app.capabilities.encode import EncodeQuery, encode
@@ -88,7 +88,8 @@ def outputs_of(manifest: Manifest) -> tuple[Output, ...]:
     shape = manifest.input.shape
     latent = (manifest.latent_dim or 0,)
     score = Capability.ANOMALY_SCORE
-    parts = manifest.capabilities[score].outputs[1:] if score in manifest.capabilities else ()
+    parts = manifest.components if score in manifest.capabilities else ()
+    places = manifest.input.mask_shape[1:] or manifest.input.mask_shape
     known = (
         Output("latent", "FP32", latent, Capability.ENCODE, "latent"),
         Output("reconstruction", "FP32", shape, Capability.RECONSTRUCT, "reconstruction"),
@@ -98,7 +99,8 @@ def outputs_of(manifest: Manifest) -> tuple[Output, ...]:
         Output("p_value", "FP64", (), score, "p_value"),
         Output("is_anomaly", "BOOL", (), score, "is_anomaly"),
         Output("threshold", "FP32", (), score, "threshold"),
-        *(Output(part.name, "FP32", (), score, part.name) for part in parts if part.shape == ()),
+        *(Output(part, "FP32", (), score, part) for part in parts),
+        Output("heatmap", "FP32", places, Capability.ANOMALY_MAP, "heatmap"),
         Output("inpainted", "FP32", shape, Capability.INPAINT, "inpainted", (_INPUT, _MASK)),
         Output("decoded", "FP32", shape, Capability.DECODE, "reconstruction", (_LATENT,)),
         Output("sample", "FP32", shape, Capability.SAMPLE, "sample", ()),
@@ -314,6 +316,12 @@ async def _score(given: _Given, model: Model) -> Results:
     return await anomaly_score(cast("Items", given.items), model, given.anomaly)
 
 
+async def _map(given: _Given, model: Model) -> Results:
+    maps = await heatmaps(cast("Items", given.items), model)
+    maps = maps[:, 0] if maps.ndim == 4 else maps  # (n, height, width), or (n, features)
+    return Results({"heatmap": maps}, main=maps)
+
+
 async def _decode(given: _Given, model: Model) -> Results:
     return await decode_latents(cast("NDArray[np.float32]", given.latents), model)
 
@@ -328,6 +336,7 @@ _ANSWERS: dict[Capability, _Answer] = {
     Capability.DENOISE: _on_items(denoise, ItemsQuery()),
     Capability.INPAINT: _on_items(inpaint, ItemsQuery()),
     Capability.ANOMALY_SCORE: _score,
+    Capability.ANOMALY_MAP: _map,
     Capability.DECODE: _decode,
     Capability.SAMPLE: _sample,
 }

@@ -18,7 +18,7 @@ import orjson
 from rich.console import Console
 from typing_extensions import override
 
-from app.artifacts.manifest import Capability, Manifest
+from app.artifacts.manifest import Manifest
 from app.capabilities.anomaly_score import Verdict
 from app.scoring.errors import ScoringError, import_pyarrow
 
@@ -29,9 +29,8 @@ _PATH_WIDTH = 48
 
 def columns_of(manifest: Manifest) -> dict[str, str]:
     """Name → type of the columns of a table of verdicts by that model; parts of the score have one each."""
-    outputs = manifest.capabilities[Capability.ANOMALY_SCORE].outputs
     fields = {name: _KINDS[field.annotation] for name, field in Verdict.model_fields.items() if _is_plain(field)}
-    parts = {f"components.{spec.name}": "float64" for spec in outputs[1:] if spec.shape == ()}
+    parts = {f"components.{name}": "float64" for name in manifest.components}
     return {"path": "string", "row": "int64", "id": "string", **fields, **parts, "error": "string", "code": "string"}
 
 

@@ -36,6 +36,7 @@ from app.artifacts.manifest import (
     DataProvenance,
     InputSpec,
     Manifest,
+    MapScale,
     Method,
     PictureSpec,
     ProjectionEntry,
@@ -84,8 +85,13 @@ class TinyAutoencoder(torch.nn.Module):
         return self.reconstruct(x * (1 - mask))
 
     @torch.jit.export
-    def anomaly_score(self, x: torch.Tensor) -> torch.Tensor:
-        return (x - self.reconstruct(x)).square().flatten(1).mean(1)
+    def anomaly_score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        error = (x - self.reconstruct(x)).square().flatten(1)
+        return error.mean(1), torch.stack([error.mean(1), error.amax(1)], 1)
+
+    @torch.jit.export
+    def anomaly_map(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.reconstruct(x)).abs()
 
     @torch.jit.export
     def sample(self, u: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -118,6 +124,7 @@ METHODS = {
     Capability.DENOISE: (["x"], "x"),
     Capability.INPAINT: (["x", "mask"], "x"),
     Capability.ANOMALY_SCORE: (["x"], "score"),
+    Capability.ANOMALY_MAP: (["x"], "mask"),
     Capability.SAMPLE: (["u", "eps"], "x"),
 }
 SHAPES = {"x": SHAPE, "mask": SHAPE, "label": (), "latent": (LATENT_DIM,), "score": (), "u": (), "eps": (LATENT_DIM,)}
@@ -153,10 +160,12 @@ def write_tiny(
         vectors |= {f"{capability}/in/{n}": array for n, array in zip(names, given, strict=True)}
         with torch.inference_mode():
             found = getattr(scripted, capability)(*map(torch.from_numpy, given))
+        if capability is Capability.ANOMALY_SCORE:
+            found, vectors["anomaly_score/out/parts"] = found[0], found[1].numpy()
         vectors[f"{capability}/out/{output}"] = found.numpy()
     normal = torch.from_numpy((generator.random((99, *shapes["x"])) * 0.9).astype(np.float32))
     with torch.inference_mode():
-        calibration = Calibration.from_scores(scripted.anomaly_score(normal).numpy())
+        calibration = Calibration.from_scores(scripted.anomaly_score(normal)[0].numpy())
     files = {"model.pt": stream.getvalue(), "calibration.npy": _npy(calibration.scores), "self_test.npz": _npz(vectors)}
     places = {"mean": np.ones(LATENT_DIM), "components": np.eye(2, LATENT_DIM), "points": np.zeros((3, 2))}
     files["projection.npz"] = _npz({**places, "labels": np.array([0, 1, -1])})
@@ -172,7 +181,10 @@ def write_tiny(
         capabilities={
             capability: Method(
                 inputs=[TensorSpec(name=n, shape=shapes[n]) for n in methods[capability][0]],
-                outputs=[TensorSpec(name=methods[capability][1], shape=shapes[methods[capability][1]])],
+                outputs=[
+                    TensorSpec(name=methods[capability][1], shape=shapes[methods[capability][1]]),
+                    *([TensorSpec(name="parts", shape=(2,))] if capability is Capability.ANOMALY_SCORE else []),
+                ],
             )
             for capability in capabilities
         },
@@ -180,8 +192,13 @@ def write_tiny(
         max_batch_size=16,
         projection=ProjectionEntry(file="projection.npz", method="hand", count=3),
         calibration=CalibrationEntry(
-            id=calibration.id, file="calibration.npy", count=len(calibration.scores), source="uniform noise"
+            id=calibration.id,
+            file="calibration.npy",
+            count=len(calibration.scores),
+            source="uniform noise",
+            map=MapScale(typical=0.25, threshold=0.5, target_fpr=0.01),
         ),
+        components=() if Capability.ANOMALY_SCORE in without else ("mean", "largest"),
         self_test=SelfTest(file="self_test.npz"),
         training=TrainingProvenance(
             preset="tiny",
@@ -358,7 +375,9 @@ def write_artifact_named() -> Callable[..., ArtifactRef]:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store, not to be written to: `tiny` in two versions, and `tiny-plain`, which can neither sample nor denoise."""
+    """A store, not to be written to: `tiny` in two versions, and `tiny-plain`, which can neither sample nor denoise,
+    and has no maps.
+    """
     store = tmp_path_factory.mktemp("store")
     write_tiny(store, "tiny", seed=0)
     write_tiny(store, "tiny", seed=1, default_for=(Capability.ANOMALY_SCORE,))
@@ -366,7 +385,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store,
         "tiny-plain",
         seed=2,
-        without=frozenset({Capability.SAMPLE, Capability.DENOISE}),
+        without=frozenset({Capability.SAMPLE, Capability.DENOISE, Capability.ANOMALY_MAP}),
         unsupported={Capability.DENOISE: "denoising lowers PSNR from 14.9 to 14.1 dB"},
     )
     return store

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from app.artifacts.manifest import Capability
 from training.corruptions import Corrupted, Corruption, corrupt
@@ -32,8 +34,9 @@ class Figure:
 class Autoencoder(nn.Module):
     """A network that answers items for items, most with a latent vector in the middle.
 
-    What is compiled for serving (`encode`, `decode`, `reconstruct`, `restore`, `blank`, `score`) is plain tensor code:
-    no random numbers, and nothing whose value for one row depends on another row. The rest stays behind in training.
+    What is compiled for serving (`encode`, `decode`, `reconstruct`, `restore`, `blank`, `observe`, what they call) is
+    plain tensor code: no random numbers, and nothing whose value for one row depends on another row. The rest stays
+    behind in training.
     """
 
     __jit_ignored_attributes__: ClassVar[list[str]] = ["capabilities", "prior"]
@@ -43,6 +46,7 @@ class Autoencoder(nn.Module):
         Capability.DECODE,
         Capability.RECONSTRUCT,
         Capability.ANOMALY_SCORE,
+        Capability.ANOMALY_MAP,
         Capability.SAMPLE,
     )
     prior: ClassVar[bool] = False  # latent vectors are trained towards N(0, I)
@@ -73,9 +77,63 @@ class Autoencoder(nn.Module):
         """Items with what is masked at the value that stands for missing: by default zero."""
         return x * (1 - mask)
 
-    def score(self, x: Tensor) -> Tensor:
-        """How anomalous items are, (batch,): the mean squared error of their reconstruction."""
-        return (self.reconstruct(x) - x).square().flatten(1).mean(1)
+    def standardise(self, x: Tensor) -> Tensor:
+        """Items in the units that errors are counted in, (batch, *item): by default their own."""
+        return x
+
+    def trace(self, x: Tensor) -> Tensor:
+        """What encoding x passes through, (batch, numbers); the last latent_dim of them are the latent vector."""
+        return self.encode(x)
+
+    def observe(self, x: Tensor, noise: Tensor, sigma: float, wants: list[str]) -> dict[str, Tensor]:
+        """What scores are made of; each value has a row per item.
+
+        Always `x` and `y`, the item and its reconstruction, flat, in the units of errors. By name among `wants`:
+        `latent`; `path`, how far the reconstruction is from the item, and how far its encoding is from the item's at
+        every step; `restoration`, the mean squared error of what becomes of the item with noise; `likelihood` and
+        `divergence` of a variational network.
+
+        Args:
+            x: (batch, *item).
+            noise: (draws, *item), standard normal, the same for every item.
+            sigma: by which it is multiplied, in the units of errors.
+            wants: names.
+        """
+        trace = self.trace(x)
+        latent = trace[:, trace.shape[1] - self.latent_dim :]  # type: ignore[operator]
+        reconstruction = self.decode(latent)
+        target, answer = self.standardise(x), self.standardise(reconstruction)
+        seen = {"x": target.flatten(1), "y": answer.flatten(1)}
+        if "latent" in wants:
+            seen["latent"] = latent
+        if "path" in wants:
+            residual = pooled(answer - target, 32).flatten(1)
+            seen["path"] = torch.cat([residual, self.trace(reconstruction) - trace], dim=1)
+        if "restoration" in wants:
+            seen["restoration"] = self.restoration(x, noise, sigma)
+        if "likelihood" in wants:
+            seen.update(self.nats(target, answer))
+        return seen
+
+    def nats(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Of a variational network: `likelihood` and `divergence`, (batch,) each, for an item and its reconstruction.
+
+        Both in the units of errors, (batch, *item).
+        """
+        del x, y
+        raise NotImplementedError
+
+    def restoration(self, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        """Mean squared error of what becomes of x with each noise, (batch,)."""
+        total = torch.zeros_like(x.flatten(1)[:, 0])
+        for draw in range(noise.shape[0]):
+            restored = self.reconstruct(self.add_noise(x, sigma * noise[draw]))
+            total = total + (self.standardise(restored) - self.standardise(x)).square().flatten(1).mean(1)
+        return total / max(1, noise.shape[0])
+
+    def add_noise(self, x: Tensor, noise: Tensor) -> Tensor:
+        """X with noise in the units of errors, as in training: by default clipped to the range of pictures."""
+        return (x + noise).clamp(0.0, 1.0)
 
     def prepare(self, items: Tensor) -> None:
         """Called once before training with training items, (items, *item): takes constants from the data."""
@@ -111,3 +169,11 @@ class Autoencoder(nn.Module):
         """Quality figures of this family alone, by name; by default none."""
         del x, noise
         return {}
+
+
+def pooled(x: Tensor, most: int) -> Tensor:
+    """Pictures shrunk by whole factors until no side is above `most`; anything else as it is."""
+    if x.dim() != 4:
+        return x
+    factor = (max(x.shape[2], x.shape[3]) + most - 1) // most
+    return x if factor == 1 else functional.avg_pool2d(x, factor, factor, 0, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -307,6 +307,7 @@ class GaussianBottleneck(Bottleneck):
         self.latent_dim = config.latent_dim
         self.mu = nn.Linear(features, config.latent_dim)
         self.log_var = nn.Linear(features, config.latent_dim)
+        self.lowest, self.highest = LOG_VAR_RANGE
         self.out = nn.Linear(config.latent_dim, features)
 
     def encode(self, features: Tensor) -> Tensor:
@@ -315,7 +316,8 @@ class GaussianBottleneck(Bottleneck):
 
     def posterior(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """`mu` and clamped `log_var` of q(z|x), each (batch, latent_dim), in float32."""
-        return cast("Tensor", self.mu(features)).float(), self.log_var(features).float().clamp(*LOG_VAR_RANGE)
+        mu: Tensor = self.mu(features)
+        return mu.float(), self.log_var(features).float().clamp(self.lowest, self.highest)
 
     def decode(self, z: Tensor) -> Tensor:
         """(batch, latent_dim) → (batch, features)."""

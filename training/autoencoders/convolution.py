@@ -31,7 +31,7 @@ class Convolution:
         """(channels, height, width) of the smallest map."""
         return self._stages(item_shape)[-1]
 
-    def encoder(self, item_shape: tuple[int, ...]) -> nn.Module:
+    def encoder(self, item_shape: tuple[int, ...]) -> nn.Sequential:
         """(batch, *item) → (batch, features)."""
         layers: list[nn.Module] = []
         for (fan_in, _, _), (fan_out, _, _) in itertools.pairwise(self._stages(item_shape)):

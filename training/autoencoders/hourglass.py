@@ -10,7 +10,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from training.autoencoders.autoencoder import Autoencoder, Figure, Kind, kind_of
+from training.autoencoders.autoencoder import Autoencoder, Figure, Kind, kind_of, pooled
 from training.autoencoders.bottlenecks import BottleneckConfig, GaussianBottleneck, NoBottleneck
 from training.autoencoders.convolution import Convolution
 from training.autoencoders.mlp import Mlp
@@ -115,6 +115,7 @@ class Hourglass(Autoencoder):
         self.records = kind == "records"
         self.scaling: Standardise | Unscaled = Standardise(math.prod(item_shape)) if self.records else Unscaled()
         self.encoder = blocks.architecture.encoder(item_shape)
+        self.traced = [i for i, layer in enumerate(self.encoder) if isinstance(layer, (nn.ReLU, nn.GELU))] or [-1]
         self.bottleneck = blocks.bottleneck.build(feature_shape)
         self.decoder = blocks.architecture.decoder(item_shape)
         self.latent_dim = self.bottleneck.latent_dim
@@ -149,10 +150,25 @@ class Hourglass(Autoencoder):
         blanked: Tensor = self.scaling.inverse(self.scaling(x) * (1 - mask))
         return blanked
 
-    def score(self, x: Tensor) -> Tensor:
-        """(batch,): mean squared error of the reconstruction, of records in units of each feature's deviation."""
-        difference: Tensor = self.scaling(self.reconstruct(x)) - self.scaling(x)
-        return difference.square().flatten(1).mean(1)
+    def standardise(self, x: Tensor) -> Tensor:
+        """Records in units of each feature's deviation, pictures as they are."""
+        return self.scaling(x)  # type: ignore[no-any-return]
+
+    def trace(self, x: Tensor) -> Tensor:
+        """The hidden layers' answers, maps shrunk to 4 × 4, and the latent vector."""
+        h: Tensor = self.scaling(x)
+        steps: list[Tensor] = []
+        for index, layer in enumerate(self.encoder):
+            h = layer(h)
+            if index in self.traced:
+                steps.append(pooled(h, 4).flatten(1))
+        steps.append(self.bottleneck.encode(h))
+        return torch.cat(steps, dim=1)
+
+    def add_noise(self, x: Tensor, noise: Tensor) -> Tensor:
+        """X with noise in units of each feature's deviation; pictures are clipped."""
+        noisy: Tensor = self.scaling.inverse(self.scaling(x) + noise)
+        return noisy
 
     @torch.no_grad()
     def prepare(self, items: Tensor) -> None:
@@ -283,6 +299,18 @@ class VariationalHourglass(Hourglass):
             kl = kl.mean(0, keepdim=True).clamp_min(config.free_bits)  # type: ignore[union-attr]
         weight = self._kl_weight * config.beta  # type: ignore[union-attr]
         return self.error(self.logits(z), target).mean() + weight * kl.sum(1).mean()
+
+    def nats(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Both parts of −ELBO at the posterior's mean; of normal values up to a factor and a constant."""
+        if self.likelihood == "bernoulli":
+            sure = y.clamp(1e-3, 1 - 1e-3)  # rounding near 0 and 1 would be blown up by the logarithm
+            likelihood = -(x * sure.log() + (1 - x) * (1 - sure).log()).flatten(1).sum(1)
+        else:
+            likelihood = 0.5 * (y - x).square().flatten(1).sum(1)
+        mu, log_var = self.posterior(x)
+        # In double: of a posterior close to the prior it is the difference of nearly equal numbers.
+        divergence = kl_divergence_by_dimension(mu.double(), log_var.double()).sum(1).float()
+        return {"likelihood": likelihood, "divergence": divergence}
 
     def latent_draws(self, x: Tensor, noise: Noise) -> Tensor:
         """A draw of each item's posterior: together they are the aggregate posterior."""

@@ -26,7 +26,7 @@ class Mlp:
         """What the encoder hands to the bottleneck."""
         return (self.hidden_sizes[-1] if self.hidden_sizes else math.prod(item_shape),)
 
-    def encoder(self, item_shape: tuple[int, ...]) -> nn.Module:
+    def encoder(self, item_shape: tuple[int, ...]) -> nn.Sequential:
         """(batch, *item) → (batch, features)."""
         layers = mlp([math.prod(item_shape), *self.hidden_sizes], self.activation)
         if self.hidden_sizes:

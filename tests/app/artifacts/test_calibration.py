@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from app.artifacts.calibration import Calibration, RateTooFine
+from app.artifacts.calibration import Calibration, RateTooFine, Tail
 
 
 def scores_with_ties(seed: int, count: int) -> np.ndarray:
@@ -82,3 +82,58 @@ def test_unusable_scores_are_refused(scores: list[float], message: str) -> None:
     """No scores, or one that is not finite, make no calibration."""
     with pytest.raises(ValueError, match=message):
         Calibration.from_scores(np.float32(scores))
+
+
+def test_discoveries_are_benjamini_hochbergs() -> None:
+    """On random scores the items called anomalies are those of the procedure on exact fractions."""
+    from fractions import Fraction
+
+    generator = np.random.default_rng(5)
+    for _ in range(100):
+        calibration = Calibration.from_scores(generator.normal(size=99).astype(np.float32))
+        scores = generator.normal(generator.choice([0, 3], size=30)).astype(np.float32)
+        counts = [1 + int((calibration.scores >= score).sum()) for score in scores]
+        exact = sorted(Fraction(count, 100) for count in counts)
+        allowed = [p for rank, p in enumerate(exact, 1) if p <= Fraction(1, 10) * Fraction(rank, 30)]
+        verdicts = calibration.discoveries(scores, 0.1)
+        expected = [Fraction(count, 100) <= (allowed[-1] if allowed else 0) for count in counts]
+        assert verdicts.is_anomaly.tolist() == expected
+        assert (verdicts.p_value <= verdicts.target_fpr).tolist() == expected
+        assert (scores > np.float32(verdicts.threshold)).tolist() == expected
+
+
+def test_false_discoveries_stay_below_the_rate() -> None:
+    """Among many requests the share of normal items among those called anomalies is at most the rate, on average."""
+    generator = np.random.default_rng(3)
+    shares = []
+    for _ in range(500):
+        calibration = Calibration.from_scores(generator.normal(size=999).astype(np.float32))
+        odd = generator.random(40) < 0.25
+        scores = generator.normal(4.0 * odd).astype(np.float32)
+        flagged = calibration.discoveries(scores, 0.2).is_anomaly
+        shares.append((flagged & ~odd).sum() / max(1, flagged.sum()))
+    assert np.mean(shares) <= 0.2 + 3 * np.std(shares) / np.sqrt(len(shares))
+
+
+def test_a_tail_model_reaches_beyond_the_scores() -> None:
+    """Finer than 1/(n + 1) the tail decides and says so; its rates are right where its shape is, and in agreement."""
+    generator = np.random.default_rng(1)
+    normal = np.sort(generator.exponential(size=2000).astype(np.float32))
+    tail = Tail.fit(normal)
+    assert tail is not None
+    calibration = Calibration.from_scores(normal, tail)
+    many = generator.exponential(size=1_000_000).astype(np.float32)
+    verdicts = calibration.verdicts(many, 1e-4)
+    assert verdicts.extrapolated
+    assert 0.3e-4 < verdicts.is_anomaly.mean() < 3e-4
+    assert (verdicts.is_anomaly == (verdicts.p_value <= 1e-4)).all()
+    assert (verdicts.is_anomaly == (many > np.float32(verdicts.threshold))).all()
+    order = np.argsort(many)
+    assert (np.diff(verdicts.p_value[order]) <= 0).all()
+    assert not calibration.verdicts(many[:10], 0.01).extrapolated
+
+
+@pytest.mark.parametrize("scores", [np.arange(99), np.zeros(5000)], ids=["few", "alike"])
+def test_no_tail_is_made_up(scores: np.ndarray) -> None:
+    """Too few scores, or scores that do not differ, have no tail to go by."""
+    assert Tail.fit(scores.astype(np.float32)) is None

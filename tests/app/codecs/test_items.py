@@ -228,7 +228,7 @@ def test_last_instances_win() -> None:
         ({"age": 1, "height": 2}, "item 0: missing features 'weight'"),
         ({"age": 1, "height": 2, "weight": 3, "b64": ""}, "item 0: unknown features 'b64'"),
         ({"Age": 1, "height": 2, "weight": 3}, "item 0: unknown features 'Age'; missing features 'age'"),
-        ({"age": None, "height": 2, "weight": 3}, "item 0: expected numbers, found null"),
+        ({"age": None, "height": 2, "weight": 3}, "item 0: no value for features 'age'"),
         ({"age": [1], "height": 2, "weight": 3}, "item 0: expected"),
         ([1, 2], r"item 0: expected \(3,\) or a flat \(3,\), found \(2,\)"),
     ],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = [
     "latent", "reconstruction", "reconstruction_error", "denoised", "anomaly_score", "p_value", "is_anomaly",
-    "threshold",
+    "threshold", "mean", "largest", "heatmap",
 ]  # fmt: skip
 ITEM = (np.arange(64, dtype=np.float32) / 128).reshape(1, 1, 8, 8)
 

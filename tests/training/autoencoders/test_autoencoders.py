@@ -47,7 +47,7 @@ def test_records_are_standardised_inside(preset: Preset, records: Dataset) -> No
     torch.testing.assert_close(scaled.mean(0), torch.zeros(30), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled.std(0), torch.ones(30), atol=1e-2, rtol=0)
     torch.testing.assert_close(network.scaling.inverse(scaled), records.items, rtol=1e-4, atol=1e-3)
-    assert network.score(records.items).shape == (569,)
+    assert network.standardise(records.items).shape == (569, 30)
     blanked = network.blank(records.items, torch.ones_like(records.items))
     torch.testing.assert_close(blanked[0], records.items.mean(0), rtol=1e-3, atol=1e-3)
 

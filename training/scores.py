@@ -1,0 +1,385 @@
+"""How unusual an item is: the parts of a score, each freed of the bias towards items with little ink, and their fusion.
+
+A network observes an item (`Autoencoder.observe`), each part makes one number of what was seen, and the numbers are
+fused through the tail probabilities that they have among held-out normal items. Everything here is exported with the
+network; whatever is random was drawn before. To add a part: write a class, and name it in PARTS.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.autoencoders import Autoencoder
+from training.dataset import to_float
+from training.errors import TrainingError
+from training.noise import generator
+
+PartName = Literal["residual", "pathway", "restoration", "density", "local", "likelihood", "divergence"]
+
+FITTING_ITEMS = 3000  # of the training part: what the parts' constants are taken from
+LEAST_INK = 0.25  # of the median item's: blank pictures would divide by nothing
+TAIL_SHARE, FEWEST_IN_TAIL = 0.05, 5
+KNOTS = 200
+NEAREST = 5
+LOCAL_SHARE = 0.02  # of a picture's places: those that say most
+LEAST_SPREAD = 1e-4  # of what is typical
+WHITENING_FLOOR = 1e-6  # of the largest variance
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a score is made of.
+
+    `residual`: mean squared reconstruction error. `pathway`: what encoding changes when it is given the reconstruction,
+    and the reconstruction's error itself, whitened on normal items. `restoration`: error of restorations of noised
+    copies, for networks that learnt to denoise. `density`: mean distance to the nearest latent vectors of normal
+    items. `local`: mean of the most unusual places. `likelihood`, `divergence`: the two parts of −ELBO, of variational
+    networks.
+
+    Source: RaPP: Kim et al. 2020, ICLR; whitening of paths and division by the norm: measured in quality-anomaly.
+    """
+
+    parts: tuple[PartName, ...] = ("residual", "pathway")
+    weights: tuple[NonNegativeFloat, ...] = ()  # of the parts in that order; none: equal
+    directions: PositiveInt = 64  # of the pathway's whitening
+    sigma: PositiveFloat = 0.5  # of the noise in restoration
+    draws: PositiveInt = 2
+    neighbours: PositiveInt = 2000  # latent vectors that density is measured against
+
+
+class Part(nn.Module):
+    """One number per item. What it takes from normal items it takes in `fit`; `forward` is compiled for serving."""
+
+    wants: ClassVar[tuple[str, ...]] = ()
+    """Observations beside `x` and `y`, the item and its reconstruction."""
+
+    def fit(self, seen: dict[str, Tensor]) -> None:
+        """Takes constants from the observations of training items."""
+
+    def forward(self, seen: dict[str, Tensor]) -> Tensor:
+        """Observations of a batch → (batch,), above zero, higher is more unusual."""
+        raise NotImplementedError
+
+
+class _Residual(Part):
+    def __init__(self, scoring: Scoring) -> None:
+        del scoring
+        super().__init__()
+
+    def forward(self, seen: dict[str, Tensor]) -> Tensor:
+        return (seen["y"] - seen["x"]).square().mean(1) / seen["ink"]
+
+
+class _Pathway(Part):
+    wants = ("path",)
+    if TYPE_CHECKING:  # TorchScript would take annotations for types of its own
+        mean: Tensor
+        whitening: Tensor
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__()
+        self.directions = scoring.directions
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("whitening", torch.zeros(1, 1))
+
+    @torch.no_grad()
+    def fit(self, seen: dict[str, Tensor]) -> None:
+        """Principal directions of the paths of normal items, each scaled to deviation 1."""
+        path = seen["path"].double()
+        self.mean = path.mean(0).float()
+        centred = path - path.mean(0)
+        rows, columns = centred.shape
+        # The smaller of the two Gram matrices has the same non-zero eigenvalues.
+        if rows < columns:
+            values, left = torch.linalg.eigh(centred @ centred.T)
+            vectors = centred.T @ left / values.clamp_min(1e-30).sqrt()
+        else:
+            values, vectors = torch.linalg.eigh(centred.T @ centred)
+        keep = min(self.directions, rows - 1, columns)
+        values, vectors = values.flip(0)[:keep], vectors.flip(1)[:, :keep]
+        largest = vectors.abs().argmax(0)  # an eigenvector's sign is arbitrary
+        vectors = vectors * vectors[largest, torch.arange(vectors.shape[1])].sign()
+        deviations = (values / rows).clamp_min(WHITENING_FLOOR * float(values[0]) / rows + 1e-30).sqrt()
+        self.whitening = (vectors / deviations).float().contiguous()  # (path, directions)
+
+    def forward(self, seen: dict[str, Tensor]) -> Tensor:
+        return ((seen["path"] - self.mean) @ self.whitening).square().mean(1).sqrt() / seen["ink"]
+
+
+class _Restoration(Part):
+    wants = ("restoration",)
+
+    def __init__(self, scoring: Scoring) -> None:
+        del scoring
+        super().__init__()
+
+    def forward(self, seen: dict[str, Tensor]) -> Tensor:
+        return seen["restoration"] / seen["ink"]
+
+
+class _Density(Part):
+    wants = ("latent",)
+    if TYPE_CHECKING:
+        known: Tensor
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__()
+        self.count = scoring.neighbours
+        self.nearest = NEAREST
+        self.register_buffer("known", torch.zeros(1, 1))
+
+    def fit(self, seen: dict[str, Tensor]) -> None:
+        """Keeps the latent vectors of the first normal items; their order is the split's, hence arbitrary."""
+        self.known = seen["latent"][: self.count].clone()
+        self.nearest = min(NEAREST, len(self.known))
+
+    def forward(self, seen: dict[str, Tensor]) -> Tensor:
+        # In the product's form: cdist changes its algorithm, hence its rounding, with the number of rows. In double:
+        # the difference of nearly equal numbers.
+        z, known = seen["latent"].double(), self.known.double()
+        squared = z.square().sum(1, keepdim=True) + known.square().sum(1) - 2 * z @ known.t()
+        return torch.topk(squared, self.nearest, dim=1, largest=False)[0].clamp_min(1e-12).sqrt().mean(1).float()
+
+
+class _Local(Part):
+    wants = ("map",)
+
+    def __init__(self, scoring: Scoring) -> None:
+        del scoring
+        super().__init__()
+        self.share = LOCAL_SHARE
+
+    def forward(self, seen: dict[str, Tensor]) -> Tensor:
+        places = seen["map"]
+        count = max(1, int(self.share * places.shape[1]))
+        return torch.topk(places, count, dim=1)[0].mean(1)
+
+
+class _Likelihood(Part):
+    wants = ("likelihood",)
+
+    def __init__(self, scoring: Scoring) -> None:
+        del scoring
+        super().__init__()
+
+    def forward(self, seen: dict[str, Tensor]) -> Tensor:
+        return seen["likelihood"] / seen["ink"]
+
+
+class _Divergence(Part):
+    wants = ("likelihood", "divergence")
+
+    def __init__(self, scoring: Scoring) -> None:
+        del scoring
+        super().__init__()
+
+    def forward(self, seen: dict[str, Tensor]) -> Tensor:
+        return seen["divergence"]
+
+
+PARTS: dict[PartName, type[Part]] = {
+    "residual": _Residual,
+    "pathway": _Pathway,
+    "restoration": _Restoration,
+    "density": _Density,
+    "local": _Local,
+    "likelihood": _Likelihood,
+    "divergence": _Divergence,
+}
+
+
+class Tails(nn.Module):
+    """Values of parts as evidence: −log₁₀ of the share of held-out normal items that have such a value or a higher.
+
+    Between the values of those items it is interpolated. Beyond the top 5 % of them the share falls as a power of the
+    value (Hill 1975, doi:10.1214/aos/1176343247), so that evidence goes on growing where the data ends. Not fitted, it
+    leaves values as they are.
+    """
+
+    if TYPE_CHECKING:
+        values: Tensor
+        evidence: Tensor
+        shape: Tensor
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.zeros(parts, 0))
+        self.register_buffer("evidence", torch.zeros(parts, 0))
+        self.register_buffer("shape", torch.ones(parts))
+
+    @torch.no_grad()
+    def fit(self, parts: Tensor) -> None:
+        """Takes the distribution from normal items that no part was fitted on, (items, parts)."""
+        rows = len(parts)
+        beyond = min(rows - 1, max(min(FEWEST_IN_TAIL, rows // 2), math.ceil(TAIL_SHARE * rows)))
+        places = torch.linspace(0, rows - beyond - 1, min(KNOTS, rows - beyond)).round().long()
+        ordered = parts.double().sort(0).values.clamp_min(1e-12)
+        # The k-th smallest of n has n − k above it.
+        evidence = -((rows - places.double()) / (rows + 1)).log10()
+        self.values = ordered[places].T.float().contiguous()  # (parts, knots)
+        self.evidence = evidence.float().expand_as(self.values).contiguous()
+        if beyond:
+            excess = (ordered[rows - beyond :] / ordered[places[-1]]).log().mean(0)
+            self.shape = excess.clamp(0.05, 2.0).float()
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """(batch, parts) → the same of evidence."""
+        if self.values.shape[1] == 0:
+            return parts
+        columns: list[Tensor] = []
+        last = self.values.shape[1] - 1
+        for part in range(self.values.shape[0]):
+            values, evidence = self.values[part], self.evidence[part]
+            value = parts[:, part].contiguous()
+            above = torch.searchsorted(values, value).clamp(1, max(1, last)).clamp_max(last)
+            below = (above - 1).clamp_min(0)
+            step = (values[above] - values[below]).clamp_min(1e-30)
+            share = ((value - values[below]) / step).clamp(0.0, 1.0)
+            within = evidence[below] + share * (evidence[above] - evidence[below])
+            low = evidence[0] * value / values[0]
+            high = evidence[last] + (value / values[last]).clamp_min(1.0).log() / (self.shape[part] * math.log(10.0))
+            column = torch.where(value < values[0], low, torch.where(value > values[last], high, within))
+            columns.append(column)
+        return torch.stack(columns, 1)
+
+
+class Scorer(nn.Module):
+    """The parts, their fusion, and the map of where an item is unusual; with its network it makes scores.
+
+    Args:
+        item_shape: of the network's items.
+        scoring: which parts. None: the mean squared error alone, not set against anything.
+    """
+
+    if TYPE_CHECKING:
+        noise: Tensor
+        weights: Tensor
+        least_ink: Tensor
+        typical: Tensor
+        peak: Tensor
+
+    def __init__(self, item_shape: tuple[int, ...], scoring: Scoring | None = None) -> None:
+        super().__init__()
+        self.is_plain = scoring is None
+        scoring = scoring or Scoring(parts=("residual",))
+        if len(set(scoring.parts)) != len(scoring.parts) or not scoring.parts:
+            raise TrainingError(f"scoring.parts: expected different parts, at least one, found {scoring.parts}")
+        if len(scoring.weights) not in (0, len(scoring.parts)):
+            raise TrainingError(
+                f"scoring.weights: expected none or one for each of {', '.join(scoring.parts)}; "
+                f"found {len(scoring.weights)}"
+            )
+        self.names = list(scoring.parts)
+        self.parts = nn.ModuleList([PARTS[name](scoring) for name in scoring.parts])
+        self.tails = Tails(len(scoring.parts))
+        self.wants = sorted({"x", "y", *(want for name in scoring.parts for want in PARTS[name].wants)})
+        self.sigma = scoring.sigma
+        self.least_spread = LEAST_SPREAD
+        self.places = [1, *item_shape[1:]] if len(item_shape) == 3 else list(item_shape)
+        self.item = list(item_shape)
+        draws = scoring.draws if "restoration" in self.wants else 0
+        # Drawn once: neither the batch nor the request has a say in what noise an item meets.
+        self.register_buffer("noise", torch.randn(draws, *item_shape, generator=generator(0, "restoration")))
+        weights = torch.tensor(scoring.weights or [1.0] * len(scoring.parts))
+        self.register_buffer("weights", weights / weights.sum().clamp_min(1e-12))
+        self.register_buffer("least_ink", torch.zeros(()))
+        self.register_buffer("typical", torch.ones(math.prod(self.places)))
+        self.register_buffer("peak", torch.ones(()))
+
+    def take(self, constants: dict[str, Tensor]) -> None:
+        """Takes constants that were fitted before, of whatever size; by name, as the exported module has them."""
+        for name, tensor in constants.items():
+            module, _, buffer = name.rpartition(".")
+            setattr(self.get_submodule(module), buffer, tensor.clone())
+
+    def complete(self, x: Tensor, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A network's observations of the items x, with what no network need know: `ink`, and `map` where wanted."""
+        if self.is_plain or len(self.places) == 1:
+            seen["ink"] = torch.ones_like(seen["x"][:, 0])
+        else:
+            seen["ink"] = x.flatten(1).square().sum(1).sqrt().clamp_min(self.least_ink).clamp_min(1e-6)
+        if "map" in self.wants:
+            seen["map"] = self.map(seen["x"], seen["y"])
+        return seen
+
+    def map(self, x: Tensor, y: Tensor) -> Tensor:
+        """How far each place of an item is from its reconstruction, set against what it is for normal items.
+
+        Few normal items exceed 1 anywhere. Pictures are smoothed over 3 × 3 pixels and averaged over channels.
+        (batch, values) each → (batch, places).
+        """
+        # A root is steep at nothing, where what it is taken of is rounding.
+        return (self.spread(x, y) / self.typical + self.least_spread).sqrt() / self.peak
+
+    def spread(self, x: Tensor, y: Tensor) -> Tensor:
+        """Smoothed squared error by place, (batch, places)."""
+        squared = (y - x).square()
+        if len(self.places) == 1:
+            return squared
+        pictures = squared.reshape(squared.shape[0], self.item[0], self.item[1], self.item[2]).mean(1, keepdim=True)
+        return functional.avg_pool2d(pictures, 3, 1, 1).flatten(1)
+
+    def evidence(self, seen: dict[str, Tensor]) -> Tensor:
+        """Each part of the score, (batch, parts): −log₁₀ of how many normal items are so unusual in it."""
+        return self.tails(self.raw(seen))  # type: ignore[no-any-return]
+
+    def raw(self, seen: dict[str, Tensor]) -> Tensor:
+        """Each part's value before it is set against those of normal items, (batch, parts)."""
+        columns: list[Tensor] = []
+        for part in self.parts:
+            columns.append(part(seen))  # noqa: PERF401  TorchScript unrolls no comprehension
+        return torch.stack(columns, 1)
+
+
+class Observing(nn.Module):
+    """What a network and a scorer see of items together, in training; the exported module does the same."""
+
+    def __init__(self, network: Autoencoder, scorer: Scorer) -> None:
+        super().__init__()
+        self.network, self.scorer = network, scorer
+
+    @torch.inference_mode()
+    def forward(self, items: Tensor, batch_size: int = 500) -> dict[str, Tensor]:
+        """All observations of uint8 or float items, in batches."""
+        scorer, batches = self.scorer, []
+        for batch in torch.split(items, batch_size):
+            x = to_float(batch)
+            seen = self.network.observe(x, scorer.noise, scorer.sigma, scorer.wants)
+            batches.append(scorer.complete(x, seen))
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+@torch.no_grad()
+def fit_scorer(network: Autoencoder, scoring: Scoring, normal: Tensor, held_out: Tensor) -> Scorer:
+    """The scorer of a trained network.
+
+    Args:
+        network: on the CPU, in evaluation mode.
+        scoring: which parts.
+        normal: (items, *item), training items: constants of the parts.
+        held_out: (items, *item), seen by no weight: what evidence is measured by. Not those of the calibration.
+    """
+    scorer = Scorer(tuple(normal.shape[1:]), scoring).eval()
+    observing = Observing(network, scorer)
+    normal = normal[:FITTING_ITEMS]
+    if normal.dim() == 4:
+        ink = to_float(normal).flatten(1).norm(dim=1)
+        scorer.least_ink = LEAST_INK * ink.median()
+    seen, others = observing(normal), observing(held_out)
+    # What training items err by is less than what others do: the held-out ones have their say too.
+    typical = torch.cat([scorer.spread(s["x"], s["y"]) for s in (seen, others)]).mean(0)
+    scorer.typical = typical + 0.1 * typical.mean() + 1e-12
+    scorer.peak = scorer.map(others["x"], others["y"]).amax(1).quantile(0.99)
+    if "map" in scorer.wants:
+        seen["map"] = scorer.map(seen["x"], seen["y"])
+    for part in scorer.parts:
+        part.fit(seen)  # type: ignore[operator]
+    scorer.tails.fit(scorer.raw(observing(held_out)))
+    return scorer
