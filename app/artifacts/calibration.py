@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 TAIL_SHARE, FEWEST_IN_TAIL = 0.05, 10
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Verdicts:
     """What a calibration says of a batch of scores, each array (batch,).
 

@@ -103,20 +103,24 @@ async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Resu
         "score": scores,
         "p_value": verdicts.p_value,
         "is_anomaly": verdicts.is_anomaly,
-        # As wide as the scores: written in decimal, both still compare as they did.
-        "threshold": [np.float32(verdicts.threshold)] * count,
-        "target_fpr": [verdicts.target_fpr] * count,
-        "calibration_id": [entry.id] * count,
-        "extrapolated": [verdicts.extrapolated] * count,
         "components": [dict(zip(names, parts, strict=True)) for parts in outputs[1]] if names else [{}] * count,
+    }
+    shared = {
+        # As wide as the scores: written in decimal, both still compare as they did.
+        "threshold": np.float32(verdicts.threshold),
+        "target_fpr": verdicts.target_fpr,
+        "calibration_id": entry.id,
+        "extrapolated": verdicts.extrapolated,
     }
     main = np.empty((count, 2))  # float64
     main[:, 0], main[:, 1] = scores, verdicts.p_value
+    results = Results(columns, main=main, shared=shared)
     if places is None:
-        return Results(columns, main=main)
+        return results
     if manifest.input.picture is None:
-        return Results({**columns, "contributions": _contributions(places, manifest.input.names)}, main=main)
-    return _with_maps(Results(columns, main=main), items, model, query, places[:, 0])
+        columns["contributions"] = _contributions(places, manifest.input.names)
+        return results
+    return _with_maps(results, items, model, query, places[:, 0])
 
 
 async def _outputs(
@@ -194,20 +198,18 @@ def _wants_map(model: Model, query: AnomalyQuery) -> bool:
 
 def _with_maps(results: Results, items: Items, model: Model, query: AnomalyQuery, maps: NDArray[np.float32]) -> Results:
     """The results with heat-maps, (n, height, width), as they are asked for."""
-    columns = dict(results.columns)
+    columns = results.columns
     value_range = model.manifest.input.range or (0.0, 1.0)
     if query.boxes:
         columns["boxes"] = [boxes_above(each, CEILING) for each in maps]
     if model.shows_picture:
-        columns["heatmap"] = overlays(items.values, maps, value_range)
-        return Results(columns, main=results.main, pictures="heatmap")
-    if query.heatmap in ("none", "false"):
-        return Results(columns, main=results.main)
-    columns["heatmap"] = maps
-    if query.heatmap == "png" or query.images == "png":
-        laid = overlays(items.values, maps, value_range)
-        columns["heatmap"] = [base64.b64encode(encode_png(each[np.newaxis], value_range)).decode() for each in laid]
-    return Results(columns, main=maps)
+        columns["heatmap"], results.pictures = overlays(items.values, maps, value_range), "heatmap"
+    elif query.heatmap not in ("none", "false"):
+        columns["heatmap"] = results.main = maps
+        if query.heatmap == "png" or query.images == "png":
+            laid = overlays(items.values, maps, value_range)
+            columns["heatmap"] = [base64.b64encode(encode_png(each[np.newaxis], value_range)).decode() for each in laid]
+    return results
 
 
 def _contributions(places: NDArray[np.float32], names: tuple[str, ...]) -> list[list[dict[str, Any]]]:

@@ -29,9 +29,9 @@ async def reconstruct(items: Items, model: Model, query: ItemsQuery) -> Results:
     """Encode each item and decode it again."""
     (reconstruction,) = await model.run(Capability.RECONSTRUCT, items.values)  # (n, *shape)
     # In float64, where no square of a float32 overflows.
-    squared = np.square(np.subtract(items.values, reconstruction, dtype=np.float64)).reshape(len(items), -1)
+    off = np.subtract(items.values, reconstruction, dtype=np.float64).reshape(len(items), -1)
     return Results(
-        {"reconstruction": reconstruction, "reconstruction_error": squared.mean(axis=1)},
+        {"reconstruction": reconstruction, "reconstruction_error": np.vecdot(off, off) / off.shape[1]},
         main=reconstruction,
         pictures="reconstruction",
     )

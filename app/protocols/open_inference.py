@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import anyio.to_thread
 import numpy as np
@@ -26,6 +27,7 @@ from app import errors
 from app.api.dependencies import MAX_PRIORITY, MAX_TIMEOUT_MS, Model, Terms, headers_of, read_body, read_terms
 from app.api.envelope import HotPattern
 from app.api.in_flight import InFlight
+from app.api.responses import Answer
 from app.api.routing import COMMON_ERRORS, HEADER_PARAMETERS, ItemsQuery, RawRoute, Results, parse_query
 from app.api.services import services_of
 from app.artifacts.manifest import Capability, Manifest
@@ -41,6 +43,7 @@ from app.codecs.bodies import Body
 from app.codecs.items import Items, check_rows
 from app.codecs.tensors import DATATYPES, HEADER_LENGTH, InferRequest, Tensor, encode_infer_answer, parse_infer_request
 from app.protocols.open_inference_routes import NAME, TAG, VERSION, find_model, responses_of
+from app.served_model import ServedModel
 
 router = APIRouter(tags=[TAG])
 
@@ -66,11 +69,13 @@ class Output(TensorEntry):
     column: str
     needs: tuple[str, ...] = (_INPUT,)
 
-    def of(self, columns: dict[str, Any]) -> NDArray[Any]:
+    def of(self, results: Results) -> NDArray[Any]:
         """The output's rows among a capability's results."""
-        if self.column in columns:
-            return np.asarray(columns[self.column])
-        return np.asarray([row[self.column] for row in columns["components"]])
+        if self.column in results.columns:
+            return np.asarray(results.columns[self.column])
+        if self.column in results.shared:
+            return np.full(len(results.main), results.shared[self.column])
+        return np.asarray([row[self.column] for row in results.columns["components"]])
 
 
 def inputs_of(manifest: Manifest) -> tuple[TensorEntry, ...]:
@@ -131,9 +136,9 @@ async def infer(request: Request) -> Response:
             body = await read_body(request.receive, headers, settings.max_body_bytes)
             in_flight.body_is_read(request.receive)
             wants_json = headers.get(b"accept", b"").startswith(b"application/json")
-            found = _read(body, headers, served.manifest, as_json=wants_json)
+            found = _read(body, headers, served, as_json=wants_json)
             model = Model(served, _terms_of(found, terms))
-            outputs = _chosen(found, served.manifest)
+            outputs = _chosen(found, served)
             given = _given(found, served.manifest, settings.max_queue_rows)
             decoded = time.perf_counter()
             results = await _run({output.capability: output for output in outputs}, given, model)
@@ -142,7 +147,7 @@ async def infer(request: Request) -> Response:
         tensors = []
         for output in outputs:
             binary = asked.get(output.name)
-            values = output.of(results[output.capability].columns)
+            values = output.of(results[output.capability])
             tensors.append((Tensor(output.name, output.datatype, values), found.binary if binary is None else binary))
         answer: dict[str, Any] = {
             "model_name": served.manifest.name,
@@ -169,12 +174,38 @@ HOT_PATTERN = HotPattern(
 )
 
 
-def _read(body: Body, headers: dict[bytes, bytes], manifest: Manifest, *, as_json: bool) -> InferRequest:
+@dataclass(frozen=True)
+class _Offer:
+    """What a model gives by name, and which data types it takes for each input."""
+
+    outputs: dict[str, Output]
+    takes: dict[str, Sequence[str]]
+
+
+_OFFERS: WeakKeyDictionary[ServedModel, _Offer] = WeakKeyDictionary()
+
+
+def _offer_of(served: ServedModel) -> _Offer:
+    """The model's offer; put together once, for it costs more than most requests."""
+    offer = _OFFERS.get(served)
+    if offer is None:
+        manifest = served.manifest
+        takes: dict[str, Sequence[str]] = {tensor.name: ("FP32",) for tensor in inputs_of(manifest)}
+        if manifest.input.picture is not None:
+            takes[_INPUT] = ("FP32", "UINT8")
+        if _MASK in takes:
+            takes[_MASK] = ("FP32", "UINT8", "BOOL")
+        offer = _OFFERS[served] = _Offer({output.name: output for output in outputs_of(manifest)}, takes)
+    return offer
+
+
+def _read(body: Body, headers: dict[bytes, bytes], served: ServedModel, *, as_json: bool) -> InferRequest:
     """The request in a body, raw ones included: those are the bytes of one `input` and nothing else."""
     header = headers.get(HEADER_LENGTH.lower().encode())
     length = None if header is None else header.decode("latin-1")
-    picture = manifest.input.picture is not None
     if length == "0":
+        manifest = served.manifest
+        picture = manifest.input.picture is not None
         shape, size = manifest.input.shape, manifest.input.size
         datatype, dtype = "FP32", DATATYPES["FP32"]
         if picture and len(body.data) == size:
@@ -186,13 +217,7 @@ def _read(body: Body, headers: dict[bytes, bytes], manifest: Manifest, *, as_jso
             )
         values = np.frombuffer(body.data, dtype).reshape(1, *shape)
         return InferRequest({_INPUT: Tensor(_INPUT, datatype, values)}, binary=not as_json)
-    takes: dict[str, Sequence[str]] = {
-        tensor.name: ("FP32", "UINT8") if picture and tensor.name == _INPUT else ("FP32",)
-        for tensor in inputs_of(manifest)
-    }
-    if _MASK in takes:
-        takes[_MASK] = ("FP32", "UINT8", "BOOL")
-    return parse_infer_request(body.data, length, takes)
+    return parse_infer_request(body.data, length, _offer_of(served).takes)
 
 
 def _terms_of(found: InferRequest, terms: Terms) -> Terms:
@@ -221,25 +246,29 @@ def _unsigned(found: InferRequest, name: str) -> int:
     return value
 
 
-def _chosen(found: InferRequest, manifest: Manifest) -> list[Output]:
+def _chosen(found: InferRequest, served: ServedModel) -> list[Output]:
     """The outputs to answer. Raises InvalidInput for an unknown one, or one whose inputs are missing."""
-    offered = outputs_of(manifest)
+    by_name = _offer_of(served).outputs
     if found.outputs is None:
-        chosen = [output for output in offered if output.needs == (_INPUT,)]
+        chosen = [output for output in by_name.values() if output.needs == (_INPUT,)]
         if not chosen:
-            names = ", ".join(output.name for output in offered)
+            names = ", ".join(by_name)
             raise errors.InvalidInput(f"outputs: none needs only {_INPUT} here; name one or more of {names}")
     else:
-        by_name = {output.name: output for output in offered}
         for wanted in found.outputs:
             if wanted.name not in by_name:
-                raise errors.InvalidInput(f"outputs: {manifest.name} has {', '.join(by_name)}; found {wanted.name!r}")
+                raise errors.InvalidInput(
+                    f"outputs: {served.manifest.name} has {', '.join(by_name)}; found {wanted.name!r}"
+                )
         chosen = [by_name[wanted.name] for wanted in found.outputs]
     for output in chosen:
         for needed in output.needs:
             if needed not in found.inputs:
                 raise errors.InvalidInput(f"inputs: {needed} is missing, which {output.name} needs")
     return chosen
+
+
+_PLAIN_QUERY, _PLAIN_SAMPLE = AnomalyQuery(), SampleRequest()
 
 
 def _given(found: InferRequest, manifest: Manifest, max_rows: int) -> _Given:
@@ -257,13 +286,13 @@ def _given(found: InferRequest, manifest: Manifest, max_rows: int) -> _Given:
     if _LATENT in given:
         latents = _rows(given[_LATENT], manifest.capabilities[Capability.DECODE].inputs[0].shape, max_rows)
         check_rows(latents, None)
-    return _Given(items, latents, AnomalyQuery() if target_fpr is None else _anomaly_query(target_fpr), sample)
+    return _Given(items, latents, _PLAIN_QUERY if target_fpr is None else _anomaly_query(target_fpr), sample)
 
 
 def _own_parameters(parameters: dict[str, Any]) -> tuple[SampleRequest, Any]:
     """What `/sample` and `/anomaly-score` take, from among a request's parameters. Raises InvalidParameter."""
     if not parameters:
-        return SampleRequest(), None
+        return _PLAIN_SAMPLE, None
     for name, value in parameters.items():
         if name in _IGNORED_PARAMETERS and not value:
             continue
@@ -358,12 +387,12 @@ async def _run(capabilities: Iterable[Capability], given: _Given, model: Model) 
     return {capability: task.result() for capability, task in tasks.items()}
 
 
-async def _response(data: bytes, header_length: int | None, accept_encoding: bytes) -> Response:
+async def _response(data: bytes, header_length: int | None, accept_encoding: bytes) -> Answer:
     """The body as a response, compressed where the caller accepts one coding alone.
 
     HTTP libraries name several on every request, whoever uses them; compressing tensors costs more than inferring them.
     """
-    headers = {} if header_length is None else {HEADER_LENGTH: str(header_length)}
+    headers = [] if header_length is None else [(HEADER_LENGTH.encode(), b"%d" % header_length)]
     coding = accept_encoding.strip().lower().decode("latin-1")
     if coding in ("gzip", "deflate"):
         compress = partial(gzip.compress, mtime=0) if coding == "gzip" else zlib.compress
@@ -371,9 +400,10 @@ async def _response(data: bytes, header_length: int | None, accept_encoding: byt
             data = compress(data, 1)
         else:
             data = await anyio.to_thread.run_sync(compress, data, 1)
-        headers["Content-Encoding"] = coding
-    media_type = "application/json" if header_length is None else "application/octet-stream"
-    return Response(data, media_type=media_type, headers=headers)
+        headers.append((b"content-encoding", coding.encode()))
+    answer = Answer(data, b"application/json" if header_length is None else b"application/octet-stream")
+    answer.raw_headers += headers
+    return answer
 
 
 class InferAnswer(BaseModel):
