@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -21,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 0.25
+HEARTBEAT_S = 0.5
 STALE_AFTER_S = 2.0
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_PAGE_BYTES, _CLOCK_TICKS = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 
 
 class VersionState(BaseModel):
@@ -49,9 +48,18 @@ class Snapshot(BaseModel):
     is_draining: bool = False
     model_bytes: int = 0
     pid: int = 0
-    written_at_s: float = 0.0  # of the machine's monotonic clock, which all its processes share
-    cpu_s: float = 0.0
-    resident_bytes: int = 0
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds that the worker has used; 0 once it is gone."""
+        fields = _of_process(self.pid, "stat").rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / _CLOCK_TICKS  # user and system
+
+    @property
+    def resident_bytes(self) -> int:
+        """The worker's memory; 0 once it is gone."""
+        fields = _of_process(self.pid, "statm").split()
+        return int(fields[1]) * _PAGE_BYTES if fields else 0
 
 
 # In the order of how much they say about the whole: one worker that refused a version speaks for all.
@@ -150,22 +158,21 @@ class Fleet:
         return merged
 
     def _own(self) -> Snapshot:
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        return self._describe().model_copy(
-            update={
-                "pid": os.getpid(),
-                "written_at_s": time.monotonic(),
-                "cpu_s": usage.ru_utime + usage.ru_stime,
-                "resident_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES,
-            }
-        )
+        return self._describe().model_copy(update={"pid": os.getpid()})
 
     async def _beat(self, member: Member) -> None:
+        """Writes what has changed; that nothing has, the file's time of change tells, at a fraction of the cost."""
         path = member.snapshot_path(member.index)
         temporary = path.with_suffix(".writing")
+        written = ""
         while True:
-            temporary.write_text(self._own().model_dump_json())
-            temporary.rename(path)
+            text = self._own().model_dump_json()
+            if text != written:
+                temporary.write_text(text)
+                temporary.rename(path)
+                written = text
+            now = time.monotonic_ns()  # of the machine: all its processes share this clock
+            os.utime(path, ns=(now, now))
             if os.getppid() != self._parent:
                 logger.error("the supervisor is gone; stopping")
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -176,12 +183,21 @@ class Fleet:
 def _read(path: Path) -> Snapshot | None:
     try:
         snapshot = Snapshot.model_validate_json(path.read_bytes())
+        beaten_at_s = path.stat().st_mtime_ns / 1e9
     except (OSError, ValidationError):
         return None
-    if time.monotonic() - snapshot.written_at_s > STALE_AFTER_S:
+    if time.monotonic() - beaten_at_s > STALE_AFTER_S:
         return None
     try:
         os.kill(snapshot.pid, 0)
     except ProcessLookupError:
         return None  # it died since its last heartbeat
     return snapshot
+
+
+def _of_process(pid: int, name: str) -> str:
+    """A file of /proc about a process; empty once it is gone, and where there is none."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""

@@ -17,8 +17,9 @@ from app.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 0.1
-_LONGEST_LOOK_S = 0.3  # what counts of a pause of the whole process, which is nobody's stall
+_LOOK_EVERY_S = 0.25
+_TEND_EVERY_S = 0.5
+_LONGEST_LOOK_S = 0.75  # what counts of a pause of the whole process, which is nobody's stall
 _ANSWERS_S = 0.5
 _CANARIES_PER_WINDOW = 4
 
@@ -91,7 +92,7 @@ class Health:
         reasons = [self._lost] if self._lost else []
         if not self._thread.is_alive() and not self._closing.is_set():
             reasons.append("the watchdog's thread died")
-        elif self._loop is not None and time.monotonic() - self._looked_at_s > 50 * _LOOK_EVERY_S:
+        elif self._loop is not None and time.monotonic() - self._looked_at_s > 25 * _LOOK_EVERY_S:
             reasons.append("the watchdog's thread is stuck")
         if not self._catalog.loader.is_alive:
             reasons.append("the loader's thread died")
@@ -140,7 +141,7 @@ class Health:
                 elif served not in self._canaries:
                     self._canaries[served] = asyncio.create_task(self._try(served), name=f"canary {served}")
             del needed
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_TEND_EVERY_S)
 
     async def _try(self, served: ServedModel) -> None:
         try:

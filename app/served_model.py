@@ -121,6 +121,11 @@ class ServedModel:
         lane = self.lanes[capability]
         return await self.batcher.submit(lane, rows, timeout_s=timeout_s, caller=caller, priority=priority)
 
+    def check_room(self, capability: Capability, rows: int = 1) -> None:
+        """Raises what `run` would raise at once for so many rows, such as QueueFull."""
+        if self._lanes is not None:
+            self.batcher.check_room(self._lanes[capability], rows)
+
     async def try_canary(self, timeout_s: float) -> None:
         """One forward through the queue like a request's, ahead of all. Raises what a request would see.
 

@@ -25,7 +25,7 @@ from app.fleet import Member
 logger = logging.getLogger(__name__)
 
 MEMBER_VARIABLE = "HOURGLASS_INTERNAL_MEMBER"
-_LOOK_EVERY_S = 0.1
+_LOOK_EVERY_S = 0.5
 _SHORT_LIFE_S = 10.0
 _MAX_SHORT_LIVES = 5
 _MAX_PAUSE_S = 5.0

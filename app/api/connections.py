@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from contextlib import suppress
 from types import FrameType
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from app.api.in_flight import CONNECTION, InFlight
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 1000
+# uvicorn writes the header `date` anew where its count of ticks is a multiple of ten: every time that we wake up.
+_TICK_S, _TICK_DRAINING_S, _TICKS_PER_DATE = 0.9, 0.1, 10
 
 
 class Server(uvicorn.Server):
@@ -34,6 +37,21 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
         super().__init__(config)
         self._drain = drain
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._signalled = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Ticks until it is time to leave: seldom, for idling should cost nothing, and often once it drains."""
+        self._loop = asyncio.get_running_loop()
+        ticks = 0
+        while not await self.on_tick(ticks * _TICKS_PER_DATE % 864_000):
+            ticks += 1
+            if self._drain.has_begun:
+                await asyncio.sleep(_TICK_DRAINING_S)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_S):
+                    await self._signalled.wait()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  uvicorn's signature
         """Called by the signal; uvicorn's own would kill the process by the same signal again at the end."""
@@ -42,9 +60,11 @@ class Server(uvicorn.Server):
         self._drain.begin()
         if sig == signal.SIGINT:
             self.should_exit = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._signalled.set)
 
     async def on_tick(self, counter: int) -> bool:
-        """Called every tenth of a second; true when it is time to stop accepting."""
+        """Called at every tick; true when it is time to stop accepting."""
         if self._drain.is_over:
             self.should_exit = True
         return await super().on_tick(counter)

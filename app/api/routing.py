@@ -191,6 +191,10 @@ class InferenceRouter(APIRouter):
                 found = read_items(body, spec, limits, masked=masked)
             else:
                 found = await decode(lambda _: read_items(body, spec, limits, masked=masked), model.terms, inline=False)
+            if not found.pixels:
+                return bring_to_input(found, spec, invert=query_invert(query))
+            # Decoding may cost more than the forward pass: not for what the queue has no room for.
+            model.served.check_room(capability, len(found.entries))
             if found.pixels <= INLINE_PIXELS:
                 return bring_to_input(found, spec, invert=query_invert(query))
             return await decode(

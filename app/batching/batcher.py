@@ -172,7 +172,7 @@ class Batcher:
         Raises PayloadTooLarge, QueueFull and Draining before anything is enqueued; later DeadlineExceeded, and
         InferenceFailed naming the first item that failed.
         """
-        self._admit(lane, len(items))
+        self.check_room(lane, len(items))
         loop = asyncio.get_running_loop()
         now = loop.time()
         timeout_at = math.inf if timeout_s is None else now + timeout_s
@@ -196,7 +196,8 @@ class Batcher:
         """
         return min(timeout_at, now + _LONGEST_DUE_S)
 
-    def _admit(self, lane: Lane[Any, Any], rows: int) -> None:
+    def check_room(self, lane: Lane[Any, Any], rows: int = 1) -> None:
+        """Raises what `submit` would raise at once: for whoever would do work for nothing before it comes to that."""
         if self._closed:
             raise Draining("the service is shutting down", retry_after_s=1)
         if self._lost is not None:

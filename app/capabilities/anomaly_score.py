@@ -17,7 +17,7 @@ from app.artifacts.manifest import CalibrationEntry, Capability
 from app.capabilities.heatmap import boxes_above, overlays
 from app.codecs.images import encode_png
 from app.codecs.items import Items
-from app.errors import CapabilityNotSupported, InvalidParameter
+from app.errors import CapabilityNotSupported, InvalidParameter, NotAcceptable
 
 router = InferenceRouter(tags=["inference"])
 
@@ -191,8 +191,10 @@ def _wants_map(model: Model, query: AnomalyQuery) -> bool:
             name = "boxes" if query.boxes else "heatmap"
             raise InvalidParameter(f"{name}: this model takes records, whose contributions every answer has")
         return able
-    if (wanted or model.shows_picture) and not able:
+    if wanted and not able:
         raise CapabilityNotSupported(f"{model} has no map of where a picture is unusual")
+    if model.shows_picture and not able:
+        raise NotAcceptable(f"accept: expected application/json or application/x-npy: {model} has no map to show")
     return wanted or model.shows_picture
 
 

@@ -169,7 +169,7 @@ ERRORS: dict[str, tuple[tuple[str, str, dict[str, Any]], int, str, str]] = {
         "expected application/json or application/x-npy",
     ),
     "no picture of scores": (
-        post("/anomaly-score", headers={"accept": "image/*"}),
+        post("/anomaly-score?model=tiny-plain", headers={"accept": "image/*"}),
         406,
         "not_acceptable",
         "expected application/json or application/x-npy",

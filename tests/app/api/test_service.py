@@ -77,7 +77,7 @@ def test_models_tell_what_is_served(service: Service, store: Path) -> None:
     assert tiny["default_for"] == ["anomaly_score"]
     assert (tiny["input"]["shape"], tiny["input"]["range"], tiny["latent_dim"]) == ([1, 8, 8], [0, 1], 4)
     assert plain["unsupported"] == {"denoise": "denoising lowers PSNR from 14.9 to 14.1 dB"}
-    assert set(plain["capabilities"]) == set(Capability) - {"sample", "denoise"}
+    assert set(plain["capabilities"]) == set(Capability) - {"sample", "denoise", "anomaly_map"}
     manifest = json.loads((store / "tiny" / "2" / "manifest.json").read_text())
     assert tiny["training"] == manifest["training"]
     assert tiny["calibration"]["id"] == manifest["calibration"]["id"]

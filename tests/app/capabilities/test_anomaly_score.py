@@ -185,12 +185,14 @@ def test_boxes_are_around_what_is_unusual(client: httpx.Client, mixed: np.ndarra
 
 
 def test_a_model_without_maps_says_so(client: httpx.Client, mixed: np.ndarray) -> None:
-    """Asking for a heat-map where there is none is a 409; plain scores are answered."""
+    """Asking for a heat-map where there is none is a 409, for a picture of it a 406; plain scores are answered."""
     body = {"instances": mixed[:1].tolist()}
     assert client.post("/anomaly-score?model=tiny-plain", json=body).status_code == 200
-    for query, headers in (("&heatmap=array", {}), ("&boxes=true", {}), ("", {"accept": "image/png"})):
-        answer = client.post(f"/anomaly-score?model=tiny-plain{query}", json=body, headers=headers)
+    for query in ("&heatmap=array", "&boxes=true"):
+        answer = client.post(f"/anomaly-score?model=tiny-plain{query}", json=body)
         assert (answer.status_code, answer.json()["code"]) == (409, "capability_not_supported"), query
+    answer = client.post("/anomaly-score?model=tiny-plain", json=body, headers={"accept": "image/png"})
+    assert (answer.status_code, answer.json()["code"]) == (406, "not_acceptable")
 
 
 @pytest.fixture(scope="module")
