@@ -7,7 +7,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-PACKAGES = {"mosec": "mosec>=0.9,<0.10", "litserve": "litserve>=0.2.19,<0.3", "bentoml": "bentoml>=1.4,<1.5"}
+PACKAGES = {
+    "mosec": "mosec>=0.9,<0.10",
+    "litserve": "litserve>=0.2.19,<0.3",
+    "bentoml": "bentoml>=1.4,<1.5",
+    "pythae": "pythae>=0.1.2,<0.2",
+    "pyod": "pyod>=3.6,<4 tqdm>=4.66,<5",
+}
 """What is installed for each peer."""
 
 _INSTALL_TIMEOUT_S = 300
@@ -32,7 +38,7 @@ def python_of(package: str, folder: Path) -> Path:
             packages = _site_packages(python)
             (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
             pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
-            _run([*pip, "install", "--quiet", PACKAGES[package]])
+            _run([*pip, "install", "--quiet", *PACKAGES[package].split()])
         except (subprocess.SubprocessError, OSError) as error:
             raise PeerUnavailable(f"cannot be installed: {_reason(error)}") from error
         stamp.touch()

@@ -40,8 +40,8 @@ def main() -> None:
             "rows": [asdict(row) for row in rows],
         }
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        TABLE.write_text(table(results))
         console.print(f"{name}: {sum(row.holds for row in rows)} of {len(rows)} hold")
+    TABLE.write_text(table(_results()))
 
 
 def _results() -> dict[str, Any]:

@@ -198,6 +198,20 @@ def test_a_toml_file_changes_the_preset(tmp_path: Path) -> None:
     assert "found 'optimisation.epoch'" in result.output
 
 
+def test_tensorboard_gets_every_epoch(tmp_path: Path) -> None:
+    """With --tensorboard the run's folder has an event file with each epoch's figures."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ("--data", "digits", "--name", "mine", "--store", str(tmp_path / "store"), "--epochs", "2")
+    folder = tmp_path / "run"
+    result = run("train", "basic", *arguments, "--set", "hidden_sizes=[16]", "--run-dir", str(folder), "--tensorboard")
+    assert result.exit_code == 0, result.output
+    events = accumulators.EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert {"loss", "validation_mse", "learning_rate"} <= set(events.Tags()["scalars"])
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    shown = [(event.step, event.value) for event in events.Scalars("validation_mse")]
+    assert shown == [(epoch["number"], pytest.approx(epoch["validation_mse"])) for epoch in logged]
+
+
 def test_runs_are_compared_and_exported(tmp_path: Path) -> None:
     """`compare` shows where runs differ; `export` makes an artifact of a checkpoint; a run is not begun twice."""
     for seed in ("0", "1"):
