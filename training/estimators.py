@@ -19,9 +19,11 @@ from torch import Tensor
 from app.artifacts.manifest import Capability
 from app.artifacts.store import Artifact
 from training.autoencoders import Autoencoder
+from training.calibrate import scores_of
 from training.errors import TrainingError
 from training.export import ExportedModule
 from training.loop import train
+from training.losses import mean_squared_error
 from training.presets import build_network, get_preset, override
 from training.progress import Silent
 from training.run import open_artifact
@@ -107,11 +109,14 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "n_features_in_")
         x = validate_data(self, x, dtype=(np.float64, np.float32), reset=False)
         if self.artifact is not None:
-            capability = Capability.ENCODE if method == "encode" else Capability.ANOMALY_SCORE
-            found = self._exported().run(capability, self._items(x))
+            exported, items = self._exported(), self._items(x)
+            if method == "score":
+                return scores_of(exported, items, self.artifact_.manifest.fusion).astype(x.dtype)  # type: ignore[no-any-return]
+            found = exported.run(Capability.ENCODE, items)
         else:
             with torch.inference_mode():
-                found = getattr(self.network_, method)(torch.from_numpy(np.array(x, dtype=np.float64)))
+                items = torch.from_numpy(np.array(x, dtype=np.float64))
+                found = self.network_.encode(items) if method == "encode" else _errors(self.network_, items)
         return found.numpy().astype(x.dtype)
 
     def _exported(self) -> ExportedModule:
@@ -196,6 +201,11 @@ class AutoencoderOutlierDetector(OutlierMixin, _Estimator):  # type: ignore[misc
     def predict(self, X: Any) -> NDArray[np.int64]:  # noqa: N803
         """1 for inliers, -1 for outliers, (samples,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+
+def _errors(network: Autoencoder, x: Tensor) -> Tensor:
+    """Mean squared error of the reconstruction in standardised units, (batch,)."""
+    return mean_squared_error(network.standardise(network.reconstruct(x)), network.standardise(x))
 
 
 def _open(reference: str, store: Path, needed: Capability) -> Artifact:
