@@ -111,7 +111,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         if self.artifact is not None:
             exported, items = self._exported(), self._items(x)
             if method == "score":
-                return scores_of(exported, items, self.artifact_.manifest.fusion).astype(x.dtype)  # type: ignore[no-any-return]
+                return scores_of(exported, items, self.artifact_.manifest.fusion).astype(x.dtype)
             found = exported.run(Capability.ENCODE, items)
         else:
             with torch.inference_mode():
