@@ -1,7 +1,7 @@
 # The project's commands; `make help` lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test bench bench-streams fuzz check soak faults rolling many format models quality presets image image-check lock clean
+.PHONY: help setup run test bench bench-streams fuzz check soak faults rolling many format models quality quality-anomaly presets image image-check lock clean
 
 # PYTHON: the interpreter that makes .venv; found by scripts/find-python.sh where it is not named.
 PYTHON ?=
@@ -77,6 +77,9 @@ models: setup  ## Train the shipped artifacts of models_store/ anew
 quality: setup  ## Measure on MNIST what the presets reach, into docs/quality.md (PART=denoising; hours for all, resumable)
 	@$(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quality]'
 	@OMP_NUM_THREADS=1 $(python) -m quality $(PART)
+
+quality-anomaly: setup  ## Measure anomaly scores on MNIST, into docs/quality-anomaly.md (PART=one-class; resumable)
+	@OMP_NUM_THREADS=1 $(python) -m quality.anomaly $(PART)
 
 presets: setup  ## Train every preset on every kind of data for MINUTES=1, verify and serve each, 45 minutes or so
 	@OMP_NUM_THREADS=1 $(python) -m quality.every_preset $(or $(MINUTES),1)

@@ -18,6 +18,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from app.artifacts.drift import Drift, measure_drift
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
@@ -36,6 +38,17 @@ class VersionState(BaseModel):
     reason: str | None = None
 
 
+class PValues(BaseModel):
+    """Recent p-values of one version, counted by bin, and how many scores its calibration has."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    version: int
+    counts: tuple[int, ...]
+    calibrated: int
+
+
 class Snapshot(BaseModel):
     """What one worker process says of itself."""
 
@@ -47,6 +60,7 @@ class Snapshot(BaseModel):
     waiting_rows: int
     is_draining: bool = False
     model_bytes: int = 0
+    p_values: tuple[PValues, ...] = ()
     pid: int = 0
 
     @property
@@ -156,6 +170,18 @@ class Fleet:
                 if key not in merged or _STATES.index(found.state) < _STATES.index(merged[key].state):
                     merged[key] = found
         return merged
+
+    def drifts(self) -> dict[tuple[str, int], Drift]:
+        """How far each version's recent p-values are from those of normal items, over all workers."""
+        found: dict[tuple[str, int], list[PValues]] = {}
+        for snapshot in self.snapshots():
+            for sketch in snapshot.p_values if snapshot is not None else ():
+                found.setdefault((sketch.name, sketch.version), []).append(sketch)
+        measured = {
+            key: measure_drift([sketch.counts for sketch in sketches], sketches[0].calibrated)
+            for key, sketches in found.items()
+        }
+        return {key: drift for key, drift in measured.items() if drift is not None}
 
     def _own(self) -> Snapshot:
         return self._describe().model_copy(update={"pid": os.getpid()})

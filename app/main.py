@@ -23,7 +23,7 @@ from app.capabilities import ROUTERS
 from app.catalog import Catalog
 from app.control import ModelControl
 from app.errors import ServiceError
-from app.fleet import Fleet, Member, Snapshot, VersionState
+from app.fleet import Fleet, Member, PValues, Snapshot, VersionState
 from app.health import Health
 from app.inference.loaded_model import select_devices
 from app.observability.metrics import Metrics
@@ -134,6 +134,12 @@ def _snapshot(catalog: Catalog, health: Health, drain: Drain) -> Snapshot:
             for v in versions
         ),
         waiting_rows=catalog.batcher.waiting_rows,
+        p_values=tuple(
+            PValues(name=v.ref.name, version=v.ref.version, counts=counts, calibrated=len(v.served.calibration.scores))
+            for versions in catalog.models.values()
+            for v in versions
+            if v.served is not None and v.served.calibration is not None and any(counts := v.served.p_values.counts)
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from app.artifacts.calibration import Calibration
+from app.artifacts.drift import PValueSketch
 from app.artifacts.manifest import Capability, Manifest
 from app.artifacts.store import Artifact, Projection
 from app.batching.batcher import Answered, Batcher
@@ -72,6 +73,7 @@ class ServedModel:
         self.projection: Projection | None = artifact.projection()
         self.batcher = batcher
         self.pulse = Pulse()
+        self.p_values = PValueSketch()
         self.used_at_s = 0.0
         self.memory_bytes = 0
         """What its module takes in memory, or took when it was there last."""

@@ -15,12 +15,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.artifacts.manifest import NAME_PATTERN, Capability, Metric
+from app.artifacts.manifest import NAME_PATTERN, Capability, Manifest, Metric
 from app.artifacts.store import Artifact, ArtifactRef, read_artifact
 from training.data import TORCHVISION_SETS, default_data_root
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.interruption import Interruption, stop_signals
+from training.labelled import Judged, labelled_items
 from training.loop import Interrupted, Progress
 from training.models import SHIPPED_MODELS
 from training.presets import PRESETS, Preset, get_preset, override
@@ -40,6 +41,7 @@ from training.run import (
 )
 from training.runs import REPORT_FILE, DataChoice, Recipe, Run, new_folder, settings_of_toml
 from training.splits import split_dataset
+from training.surfaces import write_surfaces
 from training.tables import TABLE_SUFFIXES
 from training.transfer import CLASSIFIER_FILE, finetune, write_classifier
 
@@ -307,6 +309,23 @@ def data_command(
         console.print(table)
 
 
+@app.command("surfaces")
+def surfaces_command(
+    out: Annotated[Path, typer.Option("--out", help="The folder to write good/, defective/ and masks/ to.")],
+    good: Annotated[int, typer.Option("--good", min=0, help="How many good ones.")] = 200,
+    defective: Annotated[int, typer.Option("--defective", min=0, help="How many with a defect.")] = 40,
+    side: Annotated[int, typer.Option("--side", min=32, max=1024, help="Height and width in pixels.")] = 128,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides everything.")] = 0,
+) -> None:
+    """Draw textured surfaces, good and defective ones, to try inspection where no real pictures are at hand.
+
+    Then: `python -m training train inspection --data FOLDER/good --name surface`
+    """
+    with _one_line_errors():
+        write_surfaces(out, good, defective, side, seed)
+        _say(f"{good} good and {defective} defective surfaces of {side} × {side} pixels in {out}")
+
+
 @app.command("inspect")
 def inspect_command(artifact: ArtifactArgument, store: StoreOption = Path("models_store")) -> None:
     """Show what an artifact says about itself: capabilities, reasons for those it lacks, figures, origin."""
@@ -381,19 +400,49 @@ def calibrate_command(
     image_size: ImageSizeOption = None,
     channels: ChannelsOption = None,
     label_column: LabelColumnOption = None,
+    labelled: Annotated[
+        str | None,
+        typer.Option("--labelled", help="Data with classes, one of them normal: figures, and weights of the parts."),
+    ] = None,
+    normal: Annotated[
+        str | None, typer.Option("--normal", help="The normal class of --labelled. Default: good, normal or ok.")
+    ] = None,
 ) -> None:
     """Write the artifact's next version with a threshold measured on these normal items; the model stays as it is.
 
-    They must be normal, and neither items that it was trained on nor items that it will be judged on.
+    They must be normal, and neither items that it was trained on nor items that it will be judged on. With --labelled,
+    half of those items choose how much each part of the score weighs, if that gains anything, and the others say how
+    well the score tells anomalies and what each false-positive rate lets slip.
     """
     with _one_line_errors():
         opened = open_artifact(artifact, store)
         dataset = _load_for(opened, data, data_root, image_size, channels, label_column)
-        ref = recalibrate(opened, dataset, f"{dataset.name}, {len(dataset.items)} items")
-        calibration = read_artifact(ref).manifest.calibration
-        if calibration is not None:
-            _say(f"{ref}: {calibration.count} scores, {calibration.id}; model.pt as in {opened.ref}")
+        known = None
+        if labelled is not None:
+            of_classes = _load_for(opened, labelled, data_root, image_size, channels, label_column)
+            known = labelled_items(of_classes, normal, opened.manifest.training.seed)
+        ref, judged = recalibrate(opened, dataset, f"{dataset.name}, {len(dataset.items)} items", known)
+        manifest = read_artifact(ref).manifest
+        if judged is not None:
+            _show_judged(judged, manifest)
+        if manifest.calibration is not None:
+            _say(f"{ref}: {manifest.calibration.count} scores, {manifest.calibration.id}; model.pt as in {opened.ref}")
         _show_written(ref, store)
+
+
+def _show_judged(judged: Judged, manifest: Manifest) -> None:
+    table = Table(title=f"{judged.anomalies} anomalies and {judged.normals} normal items that chose no weights")
+    for heading in ("target_fpr", "overkill: normal items flagged", "escape: anomalies not flagged"):
+        table.add_column(heading)
+    for trade in judged.trades:
+        table.add_row(f"{trade.target_fpr:g}", f"{trade.overkill:.1%}", f"{trade.escape:.1%}")
+    console.print(table)
+    _say(f"AUROC {judged.auroc:.4f}, average precision {judged.average_precision:.4f}, best F1 {judged.best_f1:.4f}")
+    if manifest.fusion is None:
+        _say("Weights of the parts: as before, since others hardly gain")
+    else:
+        pairs = zip(manifest.components, manifest.fusion.weights, strict=True)
+        _say(f"Weights of the parts, learnt: {', '.join(f'{name} {weight:g}' for name, weight in pairs)}")
 
 
 @app.command("finetune")

@@ -200,14 +200,15 @@ def evaluate(
     records = test.dim() == 2
     unit = "squared error per value" + (", in units of each feature's variance" if records else "")
     metrics: dict[str, Metric] = {}
-    if Capability.RECONSTRUCT in exported.methods and latent_dim is not None:
+    if Capability.RECONSTRUCT in exported.methods:
         errors = (scale.apply(exported.run(Capability.RECONSTRUCT, x)) - scale.apply(x)).square().flatten(1).mean(1)
         standard = (scale.apply(train), scale.apply(test)) if records else (train, test)
-        baseline = pca_mse(*standard, latent_dim)
+        baseline = None if latent_dim is None else pca_mse(*standard, latent_dim)
         metrics["test_mse"] = Metric(
             value=float(errors.double().mean()),
             unit=unit,
-            protocol=f"{protocol}; reconstruct; PCA of {latent_dim} components fitted on the training part",
+            protocol=f"{protocol}; reconstruct"
+            + ("" if latent_dim is None else f"; PCA of {latent_dim} components fitted on the training part"),
             baselines={} if baseline is None else {"pca": baseline},
         )
     for kind, words in (RECORD_NOISES if records else NOISES).items():

@@ -18,7 +18,9 @@ from training.autoencoders.bottlenecks import (
     Gaussian,
     Memory,
     NoBottleneck,
+    Paired,
     Quantised,
+    Surroundings,
     TopK,
 )
 from training.autoencoders.convolution import Convolution
@@ -294,6 +296,39 @@ _ALL = (
         bottleneck=Memory(32),
         optimisation=Optimisation(epochs=14, weight_decay=1e-3, ema_decay=0.999, clip_norm=1.0, bfloat16=True),
         max_batch_size=64,
+    ),
+    Preset(
+        name="one-class",
+        purpose="the best scores where normal items are of one kind; two networks, one score",
+        source="RaPP (Kim et al. 2020) and restoration of noise, each divided by the norm, fused by tail probabilities",
+        expected="not measured yet",
+        architecture=Mlp((1024, 512)),
+        bottleneck=Paired(64),
+        optimisation=Optimisation(
+            epochs=55, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0, bfloat16=True
+        ),
+        corruption=Corruption(gaussian_sigma_max=0.7),
+        scoring=Scoring(("companion", "restoration", "pathway"), directions=512, sigma=0.5, draws=4),
+    ),
+    Preset(
+        name="inspection",
+        purpose="finds defects, and where they are, in pictures of parts; learns from good ones alone",
+        source="RIAD (Zavrtanik et al. 2021) with made-up defects as in DRAEM and CutPaste, on the U-Net",
+        expected="drawn surfaces: image AUROC .80, pixel .88 (pixel kNN .77, .70)",
+        architecture=UNet((32, 64)),
+        bottleneck=Surroundings(),
+        optimisation=Optimisation(
+            epochs=60,
+            batch_size=8,
+            learning_rate=1.2e-3,
+            warmup_fraction=0.05,
+            weight_decay=1e-4,
+            ema_decay=0.99,
+            clip_norm=1.0,
+            bfloat16=True,
+        ),
+        scoring=Scoring(("local",), local_share=0.002, windows=(3, 9)),
+        max_batch_size=16,
     ),
     Preset(
         name="vq-vae",

@@ -27,7 +27,7 @@ from app.artifacts.manifest import (
 from app.artifacts.store import Artifact, ArtifactRef, list_artifacts, read_artifact, write_artifact
 from app.errors import ArtifactRefused
 from training.autoencoders import Autoencoder
-from training.calibrate import CALIBRATION_FILE, calibrate
+from training.calibrate import CALIBRATION_FILE, calibrate, scores_of
 from training.dataset import Dataset, to_float
 from training.errors import TrainingError
 from training.evaluate import evaluate, family_figures, unsupported
@@ -40,6 +40,7 @@ from training.export import (
     self_test_vectors,
     signatures,
 )
+from training.labelled import Judged, Labelled, judge, learn_weights, metrics_of
 from training.loop import (
     EVALUATION_BATCH_SIZE,
     Checkpoints,
@@ -410,29 +411,48 @@ def evaluate_artifact(artifact: Artifact, dataset: Dataset) -> tuple[dict[str, M
     return metrics, split.sha256 == manifest.training.data.split_sha256
 
 
-def recalibrate(artifact: Artifact, dataset: Dataset, source: str) -> ArtifactRef:
+def recalibrate(
+    artifact: Artifact, dataset: Dataset, source: str, labelled: Labelled | None = None
+) -> tuple[ArtifactRef, Judged | None]:
     """The artifact's next version, with the same model and a calibration on these normal items.
+
+    Args:
+        labelled: items with known anomalies: half of them choose the weights of the score's parts, where that gains
+            anything, and the other half says how well it does.
 
     Raises TrainingError if it gives no scores, or the items have another shape.
     """
     manifest = artifact.manifest
-    if dataset.item_shape != manifest.input.shape:
-        raise TrainingError(
-            f"data {dataset.name}: expected items of {manifest.input.shape}, found {dataset.item_shape}"
-        )
+    for name, items in (
+        (dataset.name, dataset.items),
+        *([] if labelled is None else [(labelled.name, labelled.items)]),
+    ):
+        if tuple(items.shape[1:]) != manifest.input.shape:
+            raise TrainingError(
+                f"data {name}: expected items of {manifest.input.shape}, found {tuple(items.shape[1:])}"
+            )
     if manifest.calibration is None:
         raise TrainingError(f"{artifact.ref}: expected an artifact that gives anomaly scores, found none")
-    _, entry, scores = calibrate(ExportedModule(artifact.model), dataset.items, source, manifest.fusion)
+    exported = ExportedModule(artifact.model)
+    fusion = manifest.fusion if labelled is None else learn_weights(exported, labelled)
+    calibration, entry, scores = calibrate(exported, dataset.items, source, fusion)
+    # Measured against the old threshold: no longer this artifact's.
+    stale = ("realised_fpr", "labelled_")
+    metrics = {name: m for name, m in manifest.metrics.items() if not name.startswith(stale)}
+    judged = None
+    if labelled is not None:
+        judged = judge(scores_of(exported, to_float(labelled.items), fusion), labelled, calibration)
+        metrics |= metrics_of(judged, labelled)
     file = manifest.calibration.file
     changed = manifest.model_copy(
         update={
             "calibration": entry.model_copy(update={"file": file}),
+            "fusion": fusion,
             "created_at": datetime.now(UTC).replace(microsecond=0),
-            # Measured against the old threshold: no longer this artifact's.
-            "metrics": {name: m for name, m in manifest.metrics.items() if not name.startswith("realised_fpr")},
+            "metrics": metrics,
         }
     )
-    return write_artifact(artifact.ref.path.parent.parent, changed, {**artifact.files, file: scores})
+    return write_artifact(artifact.ref.path.parent.parent, changed, {**artifact.files, file: scores}), judged
 
 
 def choose_device(name: str) -> torch.device:

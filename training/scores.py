@@ -21,14 +21,13 @@ from training.dataset import to_float
 from training.errors import TrainingError
 from training.noise import generator
 
-PartName = Literal["residual", "pathway", "restoration", "density", "local", "likelihood", "divergence"]
+PartName = Literal["residual", "pathway", "companion", "restoration", "density", "local", "likelihood", "divergence"]
 
-FITTING_ITEMS = 3000  # of the training part: what the parts' constants are taken from
+FITTING_ITEMS = 6000  # of the training part: what the parts' constants are taken from
 LEAST_INK = 0.25  # of the median item's: blank pictures would divide by nothing
 TAIL_SHARE, FEWEST_IN_TAIL = 0.05, 5
 KNOTS = 200
 NEAREST = 5
-LOCAL_SHARE = 0.02  # of a picture's places: those that say most
 LEAST_SPREAD = 1e-4  # of what is typical
 WHITENING_FLOOR = 1e-6  # of the largest variance
 
@@ -37,11 +36,11 @@ WHITENING_FLOOR = 1e-6  # of the largest variance
 class Scoring:
     """What a score is made of.
 
-    `residual`: mean squared reconstruction error. `pathway`: what encoding changes when it is given the reconstruction,
-    and the reconstruction's error itself, whitened on normal items. `restoration`: error of restorations of noised
-    copies, for networks that learnt to denoise. `density`: mean distance to the nearest latent vectors of normal
-    items. `local`: mean of the most unusual places. `likelihood`, `divergence`: the two parts of −ELBO, of variational
-    networks.
+    `residual`: mean squared reconstruction error. `pathway`: what encoding changes when it is given the
+    reconstruction, and the reconstruction's error itself, whitened on normal items. `companion`: the same of a second
+    network, by half as many directions. `restoration`: error of restorations of noised copies, for networks that
+    learnt to denoise. `density`: mean distance to the nearest latent vectors of normal items. `local`: mean of the
+    most unusual places. `likelihood`, `divergence`: the two parts of −ELBO, of variational networks.
 
     Source: RaPP: Kim et al. 2020, ICLR; whitening of paths and division by the norm: measured in quality-anomaly.
     """
@@ -52,6 +51,10 @@ class Scoring:
     sigma: PositiveFloat = 0.5  # of the noise in restoration
     draws: PositiveInt = 2
     neighbours: PositiveInt = 2000  # latent vectors that density is measured against
+    local_share: PositiveFloat = 0.02  # of a picture's places: those that say most
+    windows: tuple[PositiveInt, ...] = (
+        3,
+    )  # odd, in pixels: over which errors are averaged, with their sign if above 3
 
 
 class Part(nn.Module):
@@ -79,6 +82,7 @@ class _Residual(Part):
 
 class _Pathway(Part):
     wants = ("path",)
+    observed = "path"
     if TYPE_CHECKING:  # TorchScript would take annotations for types of its own
         mean: Tensor
         whitening: Tensor
@@ -86,13 +90,14 @@ class _Pathway(Part):
     def __init__(self, scoring: Scoring) -> None:
         super().__init__()
         self.directions = scoring.directions
+        self.path = self.observed
         self.register_buffer("mean", torch.zeros(1))
         self.register_buffer("whitening", torch.zeros(1, 1))
 
     @torch.no_grad()
     def fit(self, seen: dict[str, Tensor]) -> None:
         """Principal directions of the paths of normal items, each scaled to deviation 1."""
-        path = seen["path"].double()
+        path = seen[self.path].double()
         self.mean = path.mean(0).float()
         centred = path - path.mean(0)
         rows, columns = centred.shape
@@ -110,7 +115,16 @@ class _Pathway(Part):
         self.whitening = (vectors / deviations).float().contiguous()  # (path, directions)
 
     def forward(self, seen: dict[str, Tensor]) -> Tensor:
-        return ((seen["path"] - self.mean) @ self.whitening).square().mean(1).sqrt() / seen["ink"]
+        return ((seen[self.path] - self.mean) @ self.whitening).square().mean(1).sqrt() / seen["ink"]
+
+
+class _Companion(_Pathway):
+    wants = ("companion",)
+    observed = "companion"
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__(scoring)
+        self.directions = max(1, scoring.directions // 2)
 
 
 class _Restoration(Part):
@@ -152,9 +166,8 @@ class _Local(Part):
     wants = ("map",)
 
     def __init__(self, scoring: Scoring) -> None:
-        del scoring
         super().__init__()
-        self.share = LOCAL_SHARE
+        self.share = scoring.local_share
 
     def forward(self, seen: dict[str, Tensor]) -> Tensor:
         places = seen["map"]
@@ -187,6 +200,7 @@ class _Divergence(Part):
 PARTS: dict[PartName, type[Part]] = {
     "residual": _Residual,
     "pathway": _Pathway,
+    "companion": _Companion,
     "restoration": _Restoration,
     "density": _Density,
     "local": _Local,
@@ -290,7 +304,10 @@ class Scorer(nn.Module):
         weights = torch.tensor(scoring.weights or [1.0] * len(scoring.parts))
         self.register_buffer("weights", weights / weights.sum().clamp_min(1e-12))
         self.register_buffer("least_ink", torch.zeros(()))
-        self.register_buffer("typical", torch.ones(math.prod(self.places)))
+        self.windows = list(scoring.windows) if len(self.places) == 3 else [1]
+        if any(window % 2 == 0 for window in self.windows) or not self.windows:
+            raise TrainingError(f"scoring.windows: expected odd numbers of pixels, found {scoring.windows}")
+        self.register_buffer("typical", torch.ones(len(self.windows), math.prod(self.places)))
         self.register_buffer("peak", torch.ones(()))
 
     def take(self, constants: dict[str, Tensor]) -> None:
@@ -312,19 +329,27 @@ class Scorer(nn.Module):
     def map(self, x: Tensor, y: Tensor) -> Tensor:
         """How far each place of an item is from its reconstruction, set against what it is for normal items.
 
-        Few normal items exceed 1 anywhere. Pictures are smoothed over 3 × 3 pixels and averaged over channels.
+        Few normal items exceed 1 anywhere. Errors of pictures are averaged over windows and channels.
         (batch, values) each → (batch, places).
         """
         # A root is steep at nothing, where what it is taken of is rounding.
-        return (self.spread(x, y) / self.typical + self.least_spread).sqrt() / self.peak
+        return ((self.spread(x, y) / self.typical).mean(1) + self.least_spread).sqrt() / self.peak
 
     def spread(self, x: Tensor, y: Tensor) -> Tensor:
-        """Smoothed squared error by place, (batch, places)."""
-        squared = (y - x).square()
+        """Squared error by place, averaged over each of the windows, (batch, windows, places)."""
+        error = y - x
         if len(self.places) == 1:
-            return squared
-        pictures = squared.reshape(squared.shape[0], self.item[0], self.item[1], self.item[2]).mean(1, keepdim=True)
-        return functional.avg_pool2d(pictures, 3, 1, 1).flatten(1)
+            return error.square()[:, None]
+        pictures = error.reshape(error.shape[0], self.item[0], self.item[1], self.item[2])
+        spreads: list[Tensor] = []
+        for window in self.windows:
+            # What is a little off all over a wide window shows where noise has cancelled out.
+            wide = (
+                pictures.square() if window <= 3 else functional.avg_pool2d(pictures, window, 1, window // 2).square()
+            )
+            near = functional.avg_pool2d(wide.mean(1, keepdim=True), min(window, 3), 1, min(window, 3) // 2)
+            spreads.append(near.flatten(1))
+        return torch.stack(spreads, 1)
 
     def evidence(self, seen: dict[str, Tensor]) -> Tensor:
         """Each part of the score, (batch, parts): −log₁₀ of how many normal items are so unusual in it."""
@@ -365,9 +390,12 @@ def fit_scorer(network: Autoencoder, scoring: Scoring, normal: Tensor, held_out:
         scoring: which parts.
         normal: (items, *item), training items: constants of the parts.
         held_out: (items, *item), seen by no weight: what evidence is measured by. Not those of the calibration.
+
+    Raises TrainingError if the network has nothing to make a part of.
     """
     scorer = Scorer(tuple(normal.shape[1:]), scoring).eval()
     observing = Observing(network, scorer)
+    _check_has_all(observing, normal[:1])
     normal = normal[:FITTING_ITEMS]
     if normal.dim() == 4:
         ink = to_float(normal).flatten(1).norm(dim=1)
@@ -375,7 +403,7 @@ def fit_scorer(network: Autoencoder, scoring: Scoring, normal: Tensor, held_out:
     seen, others = observing(normal), observing(held_out)
     # What training items err by is less than what others do: the held-out ones have their say too.
     typical = torch.cat([scorer.spread(s["x"], s["y"]) for s in (seen, others)]).mean(0)
-    scorer.typical = typical + 0.1 * typical.mean() + 1e-12
+    scorer.typical = typical + 0.1 * typical.mean(1, keepdim=True) + 1e-12
     scorer.peak = scorer.map(others["x"], others["y"]).amax(1).quantile(0.99)
     if "map" in scorer.wants:
         seen["map"] = scorer.map(seen["x"], seen["y"])
@@ -383,3 +411,12 @@ def fit_scorer(network: Autoencoder, scoring: Scoring, normal: Tensor, held_out:
         part.fit(seen)  # type: ignore[operator]
     scorer.tails.fit(scorer.raw(observing(held_out)))
     return scorer
+
+
+def _check_has_all(observing: Observing, item: Tensor) -> None:
+    try:
+        missing = set(observing.scorer.wants) - observing(item).keys()
+    except NotImplementedError:
+        missing = set(observing.scorer.wants) & {"companion", "likelihood", "divergence"}
+    if missing:
+        raise TrainingError(f"scoring.parts: this network has no {', '.join(sorted(missing))} to score by")

@@ -35,6 +35,17 @@ class InputEntry(BaseModel):
     features: list[str] | None = Field(None, description="Names of a record's features.")
 
 
+class DriftEntry(BaseModel):
+    """Recent p-values beside what they are for items like the calibration's: evenly spread."""
+
+    items: int = Field(description="How many p-values it is about, the last ones of all workers.")
+    counts: list[int] = Field(
+        description="How many lie in each of 20 equal bins from 0 to 1: even while all is normal."
+    )
+    statistic: float = Field(description="Their distribution's largest distance from the even one, 0 to 1.")
+    p_value: float = Field(description="How often normal items come to that distance or a larger: small means drift.")
+
+
 class ModelEntry(BaseModel):
     """A model of the store. What stands below `versions` is the default version's; null while none is served."""
 
@@ -53,6 +64,7 @@ class ModelEntry(BaseModel):
     latent_dim: int | None = None
     max_batch_size: int | None = None
     calibration: dict[str, Any] | None = None
+    drift: DriftEntry | None = Field(None, description="Of the default version's verdicts; null while there are none.")
     metrics: dict[str, Any] | None = Field(None, description="Measured figures with unit, protocol and baselines.")
     training: dict[str, Any] | None = Field(None, description="Preset, data, seed and configuration.")
 
@@ -234,6 +246,7 @@ def _entry(request: Request, name: str, versions: list[VersionState]) -> dict[st
         "aliases": services_of(request).catalog.aliases(name),
         "capabilities": [],
         "input": None,
+        "drift": None,
         "metrics": None,
     }
     served = services_of(request).catalog.default_version(name)
@@ -241,6 +254,7 @@ def _entry(request: Request, name: str, versions: list[VersionState]) -> dict[st
         return entry
     manifest = served.manifest
     calibration = manifest.calibration
+    drift = services_of(request).fleet.drifts().get((name, manifest.version))
     return entry | {
         "default_version": manifest.version,
         "description": manifest.description,
@@ -256,6 +270,8 @@ def _entry(request: Request, name: str, versions: list[VersionState]) -> dict[st
         "latent_dim": manifest.latent_dim,
         "max_batch_size": manifest.max_batch_size,
         "calibration": calibration and calibration.model_dump(exclude={"file"}),
+        "drift": drift
+        and {"items": drift.items, "counts": drift.counts, "statistic": drift.statistic, "p_value": drift.p_value},
         "metrics": {key: metric.model_dump() for key, metric in manifest.metrics.items()},
         # As the manifest has it: a configuration may hold integers beyond what orjson writes.
         "training": orjson.Fragment(manifest.training.model_dump_json()),

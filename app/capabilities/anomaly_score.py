@@ -98,6 +98,7 @@ async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Resu
     outputs, places = await _outputs(items, model, with_map=_wants_map(model, query))
     scores = outputs[0] if manifest.fusion is None else manifest.fusion.fuse(outputs[1])  # (n,)
     verdicts = judge(scores)
+    model.served.p_values.add(verdicts.p_value)
     count, names = len(items), manifest.components
     columns: dict[str, Any] = {
         "score": scores,

@@ -353,3 +353,20 @@ class _States(Collector):
         for found in self._fleet.versions().values():
             family.add_metric((found.name, str(found.version), found.state), 1)
         yield family
+        yield from self._drift()
+
+    def _drift(self) -> Iterator[Metric]:
+        labels = ("model", "version")
+        items = GaugeMetricFamily("hourglass_drift_items", "Recent p-values that drift is measured on.", labels=labels)
+        statistic = GaugeMetricFamily(
+            "hourglass_drift_statistic",
+            "Distance of recent p-values from those of normal items, 0 to 1 (Kolmogorov-Smirnov).",
+            labels=labels,
+        )
+        p_value = GaugeMetricFamily(
+            "hourglass_drift_p_value", "How often normal items come to that distance.", labels=labels
+        )
+        for (name, version), drift in self._fleet.drifts().items():
+            for family, value in ((items, drift.items), (statistic, drift.statistic), (p_value, drift.p_value)):
+                family.add_metric((name, str(version)), value)
+        yield from (items, statistic, p_value)

@@ -8,6 +8,7 @@ import torch
 
 from app.artifacts.manifest import Capability
 from training.autoencoders import Autoencoder
+from training.autoencoders.paired import PairedHourglass, shifted
 from training.data import Dataset, to_float
 from training.errors import TrainingError
 from training.export import TOLERANCE, ExportedModule, export, servable
@@ -19,7 +20,11 @@ VARIATIONAL_PARTS = {"likelihood", "divergence"}
 
 
 def scoring_of_all_parts(network: Autoencoder) -> Scoring:
-    return Scoring(tuple(name for name in PARTS if network.prior or name not in VARIATIONAL_PARTS), neighbours=50)
+    if network.latent_dim is None:
+        return Scoring(("residual", "local"), windows=(3, 5))
+    lacking = set() if network.prior else VARIATIONAL_PARTS
+    lacking = lacking if isinstance(network, PairedHourglass) else lacking | {"companion"}
+    return Scoring(tuple(name for name in PARTS if name not in lacking), neighbours=50)
 
 
 def test_every_part_scores_alike_in_the_artifact(preset: Preset, digits: Dataset) -> None:
@@ -129,3 +134,19 @@ def test_bad_settings_are_refused(scoring: Scoring, message: str) -> None:
     """Parts that are none, or twice, and weights that do not fit are one clear error."""
     with pytest.raises(TrainingError, match=message):
         Scorer((1, 8, 8), scoring)
+
+
+def test_pictures_shift_by_whole_pixels() -> None:
+    """Each picture moves by itself, as its number decides; nothing else about it changes."""
+    x = torch.rand(9, 2, 5, 6, generator=generator(0, "shift"))
+    moved = shifted(x, torch.arange(9) / 9 + 0.01, 1)
+    torch.testing.assert_close(moved[4], x[4])
+    torch.testing.assert_close(moved[0], torch.roll(x[0], (-1, -1), (1, 2)))
+    torch.testing.assert_close(moved[5], torch.roll(x[5], 1, 2))
+
+
+def test_parts_that_a_network_has_nothing_for_are_refused(digits: Dataset) -> None:
+    """A part of variational networks, asked of another, is one clear error."""
+    network = build_network(PRESETS["basic"], (1, 8, 8), seed=0).eval()
+    with pytest.raises(TrainingError, match=r"scoring\.parts: this network has no divergence, likelihood to score by"):
+        fit_scorer(network, Scoring(("divergence",)), digits.items[:30], digits.items[30:60])

@@ -90,8 +90,8 @@ class Autoencoder(nn.Module):
 
         Always `x` and `y`, the item and its reconstruction, flat, in the units of errors. By name among `wants`:
         `latent`; `path`, how far the reconstruction is from the item, and how far its encoding is from the item's at
-        every step; `restoration`, the mean squared error of what becomes of the item with noise; `likelihood` and
-        `divergence` of a variational network.
+        every step; `companion`, the same of a network beside it; `restoration`, the mean squared error of what becomes
+        of the item with noise; `likelihood` and `divergence` of a variational network.
 
         Args:
             x: (batch, *item).
@@ -111,9 +111,16 @@ class Autoencoder(nn.Module):
             seen["path"] = torch.cat([residual, self.trace(reconstruction) - trace], dim=1)
         if "restoration" in wants:
             seen["restoration"] = self.restoration(x, noise, sigma)
+        if "companion" in wants:
+            seen["companion"] = self.companion_path(x)
         if "likelihood" in wants:
             seen.update(self.nats(target, answer))
         return seen
+
+    def companion_path(self, x: Tensor) -> Tensor:
+        """Of a network with a companion: `path` as the companion goes it."""
+        del x
+        raise NotImplementedError
 
     def nats(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Of a variational network: `likelihood` and `divergence`, (batch,) each, for an item and its reconstruction.

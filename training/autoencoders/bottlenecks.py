@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,6 +85,26 @@ class _Dense(Bottleneck):
     def standardise(self, z: Tensor) -> None:
         if isinstance(self.activation, nn.Identity):
             standardise_code(self.code, self.out, z)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A linear vector of `latent_dim` numbers, and beside the network a narrow companion whose paths scores ask for.
+
+    The companion's items have Gaussian noise of `companion_sigma`; both networks' items are shifted by up to `shift_px`
+    pixels, and the wide one's have up to so many `rectangles`.
+    """
+
+    latent_dim: PositiveInt
+    companion_sizes: tuple[PositiveInt, ...] = (512, 256)
+    companion_latent_dim: PositiveInt = 32
+    companion_sigma: NonNegativeFloat = 0.25
+    shift_px: NonNegativeInt = 1
+    rectangles: NonNegativeInt = 2
+
+    def build(self, feature_shape: tuple[int, ...]) -> Bottleneck:
+        """The wide network's module for features of this shape."""
+        return Dense(self.latent_dim).build(feature_shape)
 
 
 @dataclass(frozen=True)
@@ -329,4 +349,20 @@ class NoBottleneck:
     """None: the item's details reach the output past any code."""
 
 
-BottleneckConfig = Dense | TopK | Memory | Quantised | Gaussian | NoBottleneck
+@dataclass(frozen=True)
+class Surroundings:
+    """None: what an item should look like is told from its surroundings, square by square.
+
+    The picture is covered by squares of `cell_px` in four sets; each set is taken away in turn, and filled in from what
+    is left. In training half of the pictures have a defect made up, which is not to be restored.
+
+    Source: RIAD, Zavrtanik et al. 2021, doi:10.1016/j.patcog.2020.107706; made-up defects: DRAEM, the same 2021,
+    arXiv:2108.07610; CutPaste, Li et al. 2021, arXiv:2104.04015.
+    """
+
+    cell_px: PositiveInt = 8
+    defect_share: NonNegativeFloat = 0.5
+    defect_length_max: PositiveFloat = 0.25  # half of it, of the picture's shorter side
+
+
+BottleneckConfig = Dense | Paired | TopK | Memory | Quantised | Gaussian | NoBottleneck | Surroundings

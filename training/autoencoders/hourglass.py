@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from training.autoencoders.autoencoder import Autoencoder, Figure, Kind, kind_of, pooled
-from training.autoencoders.bottlenecks import BottleneckConfig, GaussianBottleneck, NoBottleneck
+from training.autoencoders.bottlenecks import BottleneckConfig, GaussianBottleneck, NoBottleneck, Surroundings
 from training.autoencoders.convolution import Convolution
 from training.autoencoders.mlp import Mlp
 from training.autoencoders.unet import UNet
@@ -107,7 +107,7 @@ class Hourglass(Autoencoder):
 
     def __init__(self, item_shape: tuple[int, ...], blocks: Blocks) -> None:
         super().__init__()
-        if isinstance(blocks.architecture, UNet) or isinstance(blocks.bottleneck, NoBottleneck):
+        if isinstance(blocks.architecture, UNet) or isinstance(blocks.bottleneck, (NoBottleneck, Surroundings)):
             raise TrainingError("bottleneck: expected one, found none")
         kind = kind_of(item_shape)
         refuse_other_kinds(blocks.architecture.takes, kind)

@@ -229,3 +229,18 @@ def test_records_with_other_features_are_refused_by_name(records: httpx.Client) 
     answer = records.post("/anomaly-score?model=rows", json={"instances": [record | {"f0": None}]})
     assert answer.status_code == 400
     assert "'f0'" in answer.json()["error"]
+
+
+def test_drift_is_told_of_the_verdicts_given(service: Any, mixed: np.ndarray) -> None:
+    """Odd items show as drift in the model's entry and in the metrics, whichever route brought them."""
+    before = service.client.get("/models/tiny").json()["drift"]
+    seen = 0 if before is None else before["items"]
+    for _ in range(5):
+        scored(service.client, mixed[20:])
+    lines = "\n".join(str(item.tolist()) for item in mixed[20:25])
+    service.client.post("/bulk/anomaly-score?model=tiny", content=lines)
+    drift = service.client.get("/models/tiny").json()["drift"]
+    assert drift["items"] == sum(drift["counts"]) == seen + 105
+    assert drift["p_value"] < 0.01
+    for name, key in (("items", "items"), ("statistic", "statistic"), ("p_value", "p_value")):
+        assert service.metric(f"hourglass_drift_{name}", model="tiny", version="2") == pytest.approx(drift[key])
