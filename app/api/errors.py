@@ -10,9 +10,9 @@ import orjson
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
 
 from app import errors
+from app.api.responses import Answer
 
 STATUS: dict[type[errors.ServiceError], tuple[int, str]] = {
     errors.InvalidInput: (400, "invalid_input"),
@@ -68,26 +68,26 @@ def code_of(error: Exception) -> str:
     return STATUS.get(type(error), INTERNAL)[1] if isinstance(error, errors.ServiceError) else INTERNAL[1]
 
 
-def problem_response(request: Request, error: Exception) -> Response:
+def problem_response(request: Request, error: Exception) -> Answer:
     """The answer for an error, from the table; anything that is not in it is a bare 500."""
     request_id = request.scope.get("request_id", "")
-    headers: dict[str, str] = {}
+    headers: list[tuple[bytes, bytes]] = []
     if isinstance(error, HTTPException):
         # Starlette's routing raises these; the table speaks of our own.
-        headers.update(error.headers or {})
+        headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
         kind, message = _HTTP_ERRORS.get(error.status_code, (errors.InvalidInput, str(error.detail)))
         error = kind(message.format(path=request.scope["path"], method=request.method))
     status, code = STATUS.get(type(error), INTERNAL) if isinstance(error, errors.ServiceError) else INTERNAL
     message = "internal error" if (status, code) == INTERNAL else str(error)
     if isinstance(error, errors.Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
+        headers.append((b"www-authenticate", b"Bearer"))
     if status == 422 and request.scope["path"].startswith("/v2/"):
         status = 400  # what clients of the Open Inference Protocol know
     if isinstance(error, errors.Unavailable):
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    return Response(
-        problem_body(message, code, request_id), status_code=status, headers=headers, media_type="application/json"
-    )
+        headers.append((b"retry-after", b"%d" % math.ceil(error.retry_after_s)))
+    answer = Answer(problem_body(message, code, request_id), b"application/json", status)
+    answer.raw_headers += headers
+    return answer
 
 
 def problem_responses(raises: Iterable[type[errors.ServiceError]]) -> dict[int | str, dict[str, Any]]:

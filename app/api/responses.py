@@ -18,10 +18,12 @@ class Answer(Response):
     Args:
         body: the bytes.
         media_type: theirs.
+        status_code: 200 or another one.
     """
 
-    def __init__(self, body: bytes, media_type: bytes) -> None:  # Starlette's would encode and look at each header
-        self.status_code = 200
+    def __init__(self, body: bytes, media_type: bytes, status_code: int = 200) -> None:
+        # Starlette's would encode and look at each header.
+        self.status_code = status_code
         self.body = body
         self.background = None
         self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", media_type)]

@@ -287,6 +287,7 @@ class InferenceRouter(APIRouter):
                     model_found.manifest.name, model_found.manifest.version
                 )
                 with counted:
+                    model_found.check_room(capability)  # where there is none, not even the body is read
                     started = time.perf_counter()
                     with InFlight(services.deadlines, scope, terms) as in_flight:
                         body = await read_body(request.receive, headers, services.settings.max_body_bytes)
