@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.api.drain import Drain
 from app.api.errors import problem_body
@@ -75,46 +77,6 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-class CorkedTransport:
-    """A transport that can hold back what is written to it, so that a head and its body leave in one piece: each write
-    is a call of the kernel, and for a small answer the greater part of its cost.
-
-    Args:
-        transport: asyncio's, which does everything.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._held: list[bytes] | None = None
-        # What is asked for with every request, without a detour.
-        self.is_closing = transport.is_closing
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def cork(self) -> None:
-        """Holds back what is written from now on."""
-        self._held = []
-
-    def uncork(self) -> None:
-        """Writes what was held back."""
-        held, self._held = self._held, None
-        if held:
-            self._transport.write(b"".join(held))
-
-    def write(self, data: bytes) -> None:
-        """Writes, or holds back."""
-        if self._held is None:
-            self._transport.write(data)
-        else:
-            self._held.append(data)
-
-    def close(self) -> None:
-        """Closes, after everything that was written."""
-        self.uncork()
-        self._transport.close()
-
-
 class HttpConnection(HttpToolsProtocol):
     """One connection, with bounds that uvicorn leaves open: on the bytes of request lines, headers, trailers and chunk
     headers, and on requests sent ahead of their answers.
@@ -128,18 +90,38 @@ class HttpConnection(HttpToolsProtocol):
     _head_bytes = 0
     """Received since a request began, or since the parser last gave a part of its body."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Called when somebody has connected."""
-        self.corked = CorkedTransport(transport)
-        super().connection_made(cast("asyncio.Transport", self.corked))
+    async def respond(self, send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        """Sends a whole answer as uvicorn would in two pieces, head and body in one write: each write is a call of the
+        kernel, and for a small answer the greater part of its cost.
 
-    def cork(self) -> None:
-        """Holds back what is written, until `uncork`."""
-        self.corked.cork()
-
-    def uncork(self) -> None:
-        """Writes what was held back in one piece."""
-        self.corked.uncork()
+        Args:
+            send: what the server gave the application.
+            status: of the answer.
+            headers: with lower-case names, well-formed, the body's length among them.
+            body: all of it.
+        """
+        cycle = getattr(send, "__self__", None)
+        if not isinstance(cycle, RequestResponseCycle) or cycle.disconnected or cycle.response_started:
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+            return
+        if self.flow.write_paused:
+            await self.flow.drain()
+        if (b"connection", b"close") in headers:
+            cycle.keep_alive = False
+        content = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            content += (name, b": ", value, b"\r\n")
+        if not cycle.keep_alive and (b"connection", b"close") not in headers:
+            content.append(b"connection: close\r\n")
+        content += (b"\r\n", body)
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        self.transport.write(b"".join(content))
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
 
     def data_received(self, data: bytes) -> None:
         """Parses what arrived, unless a head grows beyond `MAX_HEAD_BYTES`."""

@@ -114,11 +114,10 @@ class Envelope:
             headers = [*response.raw_headers, *self._added_headers(request_id)]
             connection: Connection | None = scope.get(CONNECTION)
             if connection is not None:
-                connection.cork()
+                await connection.respond(send, status, headers, bytes(response.body))
+                return
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": response.body})
-            if connection is not None:
-                connection.uncork()
         except ClientDisconnect:
             status = status or 499  # the client left; there is nobody to answer
         except Exception:  # the last line: whatever it was, the caller gets an answer and the log its traceback

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope
+from starlette.types import Receive, Scope, Send
 
 from app.api.dependencies import Terms
 from app.batching.deadlines import Deadlines
@@ -25,11 +26,8 @@ class Connection(Protocol):
     working: InFlight | None
     """The request that is worked on, told by `leave` when its client has left: at once and at no cost."""
 
-    def cork(self) -> None:
-        """Holds back what is written, until `uncork`."""
-
-    def uncork(self) -> None:
-        """Writes what was held back in one piece."""
+    async def respond(self, send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        """Sends a whole answer to a request that is no HEAD, at less cost than in pieces."""
 
 
 class InFlight:
