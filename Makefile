@@ -1,7 +1,7 @@
 # The project's commands; `make help` lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test bench bench-streams fuzz check soak faults rolling many format models quality quality-anomaly presets image image-check lock clean
+.PHONY: help setup run test bench bench-owners bench-streams fuzz check soak faults rolling many format models quality quality-anomaly presets image image-check lock clean
 
 # PYTHON: the interpreter that makes .venv; found by scripts/find-python.sh where it is not named.
 PYTHON ?=
@@ -48,6 +48,9 @@ check: setup  ## What CI runs: format, lint, types, import contracts, tests
 
 bench: setup  ## Measure this service against its peers, 15 minutes or so (BENCH_FLAGS=--help)
 	@$(python) -m benchmarks $(BENCH_FLAGS)
+
+bench-owners: setup  ## A replica of the model in every HTTP process against one owner of the device, 2 minutes or so
+	@$(python) -m benchmarks.owners
 
 soak: setup  ## 1 000 reloads under 64 clients, memory beside a bare loop of torch (RELOADS=200)
 	@RELOADS=$(or $(RELOADS),1000) $(python) -m pytest tests/app/test_reloads.py

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import httpx
 import numpy as np
@@ -87,6 +87,16 @@ def _results(response: httpx.Response) -> list[dict[str, Any]]:
     if response.is_error:
         raise _error(response)
     found: list[dict[str, Any]] = response.json()["results"]
+    return found
+
+
+def _verdicts(response: httpx.Response) -> list[dict[str, Any]]:
+    found = _results(response)
+    for verdict in found:
+        if isinstance(verdict.get("heatmap"), str):
+            verdict["heatmap"] = Image.open(io.BytesIO(base64.b64decode(verdict["heatmap"])))
+        elif verdict.get("heatmap") is not None:
+            verdict["heatmap"] = np.asarray(verdict["heatmap"], dtype=np.float32)
     return found
 
 
@@ -191,10 +201,22 @@ class Client(_Options):
         return _column(self._post(_inpaint(items, masks, model)), "inpainted")
 
     def anomaly_score(
-        self, items: Iterable[Item], *, model: str | None = None, target_fpr: float | None = None
+        self,
+        items: Iterable[Item],
+        *,
+        model: str | None = None,
+        target_fpr: float | None = None,
+        fdr: float | None = None,
+        heatmap: Literal["array", "png"] | None = None,
+        boxes: bool | None = None,
     ) -> list[dict[str, Any]]:
-        """A verdict per item: `score`, `p_value`, `is_anomaly`, `threshold` and more."""
-        return _results(self._post(_items("/anomaly-score", items, model, target_fpr=target_fpr)))
+        """A verdict per item: `score`, `p_value`, `is_anomaly`, `threshold` and more.
+
+        Decided at a false-positive rate, or with `fdr` at a rate of false discoveries among these items. `heatmap` adds
+        where a picture is unusual, as an array (height, width) or, `png`, a picture; `boxes` the places above 1 in it.
+        """
+        asked = {"target_fpr": target_fpr, "fdr": fdr, "heatmap": heatmap, "boxes": boxes}
+        return _verdicts(self._post(_items("/anomaly-score", items, model, **asked)))
 
     def sample(self, count: int = 1, *, seed: int | None = None, model: str | None = None) -> NDArray[np.float32]:
         """New items, (count, *shape)."""
@@ -280,10 +302,18 @@ class AsyncClient(_Options):
         return _column(await self._post(_inpaint(items, masks, model)), "inpainted")
 
     async def anomaly_score(
-        self, items: Iterable[Item], *, model: str | None = None, target_fpr: float | None = None
+        self,
+        items: Iterable[Item],
+        *,
+        model: str | None = None,
+        target_fpr: float | None = None,
+        fdr: float | None = None,
+        heatmap: Literal["array", "png"] | None = None,
+        boxes: bool | None = None,
     ) -> list[dict[str, Any]]:
         """A verdict per item: `score`, `p_value`, `is_anomaly`, `threshold` and more."""
-        return _results(await self._post(_items("/anomaly-score", items, model, target_fpr=target_fpr)))
+        asked = {"target_fpr": target_fpr, "fdr": fdr, "heatmap": heatmap, "boxes": boxes}
+        return _verdicts(await self._post(_items("/anomaly-score", items, model, **asked)))
 
     async def sample(self, count: int = 1, *, seed: int | None = None, model: str | None = None) -> NDArray[np.float32]:
         """New items, (count, *shape)."""

@@ -48,6 +48,11 @@ def test_pictures_and_arrays_are_the_same(base_url: str) -> None:
         assert (client.sample(2, seed=1) == client.sample(2, seed=1)).all()
         verdict = client.anomaly_score([path], target_fpr=0.05)[0]
         assert verdict["target_fpr"] == 0.05
+        mapped = client.anomaly_score([path], model="mnist-conv", heatmap="array", boxes=True)[0]
+        assert mapped["heatmap"].shape == (28, 28)
+        assert bool((mapped["heatmap"] > 1).any()) == bool(mapped["boxes"])
+        assert client.anomaly_score([path], model="mnist-conv", heatmap="png")[0]["heatmap"].size == (28, 28)
+        assert "target_fpr" in client.anomaly_score([path, image], fdr=0.1)[1]
         answers = list(client.bulk("anomaly-score", [path, b"no picture", image]))
         assert [answer["index"] for answer in answers] == [0, 1, 2]
         assert answers[1]["code"] == "image_not_decodable"

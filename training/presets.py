@@ -123,7 +123,7 @@ _ALL = (
         name="basic-tutorial",
         purpose="the classic tutorial's autoencoder, exactly; the one to compare others with",
         source="784-128-64-32, ReLU on the code too, Adam 1e-3, batch 128, 10 epochs",
-        expected="not measured yet",
+        expected="test MSE .0147 on all training pictures (PCA .0168)",
         architecture=Mlp((128, 64), activation="relu"),
         bottleneck=Dense(32, activation="relu"),
         optimisation=Optimisation(epochs=10, optimiser="adam", schedule="constant", warmup_fraction=0.0),

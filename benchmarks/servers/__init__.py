@@ -113,6 +113,11 @@ BARE = Contender(
     command=_module("bare"),
     environment=lambda launch: {**launch.environment(), **TUNED_ALLOCATOR},
 )
+OWNER = Contender(
+    "device owner",
+    command=_module("owner"),
+    environment=lambda launch: {k: v for k, v in BARE.environment(launch).items() if k != "OMP_NUM_THREADS"},
+)
 MOSEC = Contender("mosec", command=_module("mosec_server"), package="mosec", raw_uploads=True, ready_path="/")
 LITSERVE = Contender("LitServe", command=_module("litserve_server"), package="litserve", ready_path="/health")
 BENTOML = Contender(

@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from benchmarks.jobs import Array, Model, file_of_multipart
+from benchmarks.jobs import Array, Job, Model, file_of_multipart
 from benchmarks.servers.options import Options
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -75,10 +75,10 @@ class MicroBatcher:
 class App:
     """The ASGI application."""
 
-    def __init__(self, options: Options) -> None:
-        self._job = options.job
-        self._path = f"/{options.job.name}"
-        self._batcher = MicroBatcher(lambda: Model(options.store, options.job), options.job.max_batch_size)
+    def __init__(self, job: Job, submit: Callable[[Array], asyncio.Future[Array]]) -> None:
+        self._job = job
+        self._path = f"/{job.name}"
+        self._submit = submit
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -92,7 +92,7 @@ class App:
             body += message["body"]
         if self._job.upload is not None:
             body = file_of_multipart(body, dict(scope["headers"])[b"content-type"].decode())
-        output = await self._batcher.submit(self._job.decode(body))
+        output = await self._submit(self._job.decode(body))
         await _answer(send, self._job.encode(output))
 
 
@@ -111,7 +111,8 @@ def serve(options: Options) -> None:
 
 
 async def _serve(options: Options, listening: socket.socket) -> None:
-    app = App(options)
+    batcher = MicroBatcher(lambda: Model(options.store, options.job), options.job.max_batch_size)
+    app = App(options.job, batcher.submit)
     gc.collect()
     gc.freeze()
     config = uvicorn.Config(app, http="httptools", lifespan="off", access_log=False, log_level="warning")
