@@ -29,7 +29,7 @@ def bench(
     items: Annotated[int, typer.Option(help="Items of the stream.")] = ITEMS,
     rounds: Annotated[int, typer.Option(help="Rounds in which the forms take turns.")] = 5,
     seconds: Annotated[int, typer.Option(help="Seconds of each measurement.")] = 3,
-    connections: Annotated[int, typer.Option(help="Connections at the same time.")] = 16,
+    connections: Annotated[int, typer.Option(help="Connections at the same time.")] = 64,
     only: Annotated[str | None, typer.Option(help="stream, leavers or forms.")] = None,
 ) -> None:
     """Measure streams and forms of numbers."""
