@@ -17,9 +17,11 @@ from app.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 0.25
-_TEND_EVERY_S = 0.5
-_LONGEST_LOOK_S = 0.75  # what counts of a pause of the whole process, which is nobody's stall
+# Seldom, for an idle service should cost nothing; more often where what is promised is shorter.
+_LOOK_EVERY_S, _TEND_EVERY_S = 0.25, 0.5
+_LOOKS_PER_LIMIT = 4
+_LONGEST_PAUSE_LOOKS = 3  # what counts of a pause of the whole process, which is nobody's stall
+_STUCK_LOOKS = 25
 _ANSWERS_S = 0.5
 _CANARIES_PER_WINDOW = 4
 
@@ -57,6 +59,8 @@ class Health:
         self._within_s = within_s
         self._stall_s = stall_s
         self._end = end
+        self._look_every_s = min(_LOOK_EVERY_S, stall_s / _LOOKS_PER_LIMIT)
+        self._tend_every_s = min(_TEND_EVERY_S, stall_s / _LOOKS_PER_LIMIT, within_s / (2 * _CANARIES_PER_WINDOW))
         self._lost: str | None = None
         self._turns = 0
         self._looked_at_s = time.monotonic()
@@ -92,7 +96,7 @@ class Health:
         reasons = [self._lost] if self._lost else []
         if not self._thread.is_alive() and not self._closing.is_set():
             reasons.append("the watchdog's thread died")
-        elif self._loop is not None and time.monotonic() - self._looked_at_s > 25 * _LOOK_EVERY_S:
+        elif self._loop is not None and time.monotonic() - self._looked_at_s > _STUCK_LOOKS * _LOOK_EVERY_S:
             reasons.append("the watchdog's thread is stuck")
         if not self._catalog.loader.is_alive:
             reasons.append("the loader's thread died")
@@ -141,7 +145,7 @@ class Health:
                 elif served not in self._canaries:
                     self._canaries[served] = asyncio.create_task(self._try(served), name=f"canary {served}")
             del needed
-            await asyncio.sleep(_TEND_EVERY_S)
+            await asyncio.sleep(self._tend_every_s)
 
     async def _try(self, served: ServedModel) -> None:
         try:
@@ -158,9 +162,9 @@ class Health:
         """Runs on the watchdog's thread."""
         threads: dict[str, _Stall] = {}
         loop_stall = _Stall()
-        while not self._closing.wait(_LOOK_EVERY_S):
+        while not self._closing.wait(self._look_every_s):
             now = time.monotonic()
-            passed_s = min(now - self._looked_at_s, _LONGEST_LOOK_S)
+            passed_s = min(now - self._looked_at_s, _LONGEST_PAUSE_LOOKS * self._look_every_s)
             self._looked_at_s = now
             for thread in self._catalog.threads:
                 if not thread.is_alive:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from quality.models import saved_results
 from quality.parts import PARTS, Row
 
 RESULTS = Path("docs/quality.json")
@@ -28,11 +29,11 @@ def main() -> None:
     if unknown := [name for name in named if name not in PARTS]:
         console.print(f"part: expected one of {', '.join(PARTS)}; found {unknown[0]!r}", highlight=False)
         sys.exit(2)
-    measured = _results()
+    measured = saved_results(RESULTS)
     for name in named or [name for name in PARTS if name not in measured]:
         start = time.perf_counter()
         rows = PARTS[name]()
-        results = _results()  # anew: another part may have ended meanwhile
+        results = saved_results(RESULTS)  # anew: another part may have ended meanwhile
         results[name] = {
             "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
             "seconds": round(time.perf_counter() - start),
@@ -41,13 +42,7 @@ def main() -> None:
         }
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         console.print(f"{name}: {sum(row.holds for row in rows)} of {len(rows)} hold")
-    TABLE.write_text(table(_results()))
-
-
-def _results() -> dict[str, Any]:
-    """By part, as measured so far."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return results
+    TABLE.write_text(table(saved_results(RESULTS)))
 
 
 def table(results: dict[str, Any]) -> str:

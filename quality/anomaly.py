@@ -26,7 +26,7 @@ from sklearn.svm import OneClassSVM
 
 from app.artifacts.manifest import Capability
 from app.artifacts.store import Artifact, list_artifacts
-from quality.models import FOLDER, STORE, mnist
+from quality.models import FOLDER, STORE, mnist, saved_results
 from training.dataset import Dataset, to_float
 from training.export import ExportedModule
 from training.noise import generator
@@ -189,7 +189,7 @@ def main() -> None:
         for digit, seed in _open(name):
             start = time.perf_counter()
             result = measure(PARTS[name], digit, seed) | {"seconds": round(time.perf_counter() - start)}
-            results = _results()  # anew: another part may have ended meanwhile
+            results = saved_results(RESULTS)  # anew: another part may have ended meanwhile
             results.setdefault(name, {})[f"{digit}, seed {seed}"] = result
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             TABLE.write_text(page(results))
@@ -200,13 +200,8 @@ def _open(name: str) -> Iterator[tuple[int, int]]:
     """What a part lacks: the first seed of all digits, then the next."""
     for seed in SEEDS:
         for digit in range(10):
-            if f"{digit}, seed {seed}" not in _results().get(name, {}):
+            if f"{digit}, seed {seed}" not in saved_results(RESULTS).get(name, {}):
                 yield digit, seed
-
-
-def _results() -> dict[str, Any]:
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return results
 
 
 def page(results: dict[str, Any]) -> str:

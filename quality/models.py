@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from app.artifacts.store import Artifact, list_artifacts
+from training.autoencoders import Autoencoder
 from training.checkpoints import CheckpointFile
 from training.data import default_data_root, load_dataset
 from training.dataset import Dataset, to_float
-from training.presets import get_preset, override
-from training.progress import Lines
+from training.loop import train
+from training.presets import Preset, build_network, get_preset, override
+from training.progress import Lines, Silent
 from training.run import make_artifact, open_artifact
 from training.splits import Split, split_dataset
 
@@ -22,6 +27,27 @@ FOLDER = Path(".quality")
 STORE = FOLDER / "store"
 SEED = 0
 console = Console()
+
+
+def saved_results(file: Path) -> dict[str, Any]:
+    """What was measured so far, by part."""
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return results
+
+
+def trained_network(preset: Preset, items: Tensor, seed: int) -> Autoencoder:
+    """The preset's network after training on uint8 pictures of digits, (n, 1, 28, 28): neither split nor calibrated."""
+    network, _ = train(
+        build_network(preset, (1, 28, 28), seed),
+        items,
+        items[:100],
+        preset.optimisation,
+        preset.corruption,
+        seed=seed,
+        device=torch.device("cpu"),
+        progress=Silent(),
+    )
+    return network
 
 
 @dataclass(frozen=True)

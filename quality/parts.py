@@ -24,6 +24,7 @@ from quality.models import (
     mnist,
     part,
     split,
+    trained_network,
 )
 from training.autoencoders.hourglass import VariationalHourglass
 from training.data import default_data_root
@@ -64,16 +65,7 @@ def tutorial() -> list[Row]:
     items, test = dataset.items[~dataset.is_official_test], part("test")[0]
     values = []
     for seed in TUTORIAL_SEEDS:
-        network, _ = train(
-            build_network(preset, (1, 28, 28), seed),
-            items,
-            items[:100],
-            preset.optimisation,
-            preset.corruption,
-            seed=seed,
-            device=torch.device("cpu"),
-            progress=Silent(),
-        )
+        network = trained_network(preset, items, seed)
         with torch.inference_mode():
             values.append(float((network.reconstruct(test) - test).square().double().mean()))
     value = sorted(values)[len(values) // 2]

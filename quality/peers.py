@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import python_of, version_of
-from quality.models import FOLDER, SEED, part
+from quality.models import FOLDER, SEED, part, trained_network
 from training.autoencoders import Autoencoder
-from training.loop import train
 from training.losses import mean_squared_error
 from training.noise import Noise, generator
-from training.presets import build_network, get_preset, override
-from training.progress import Silent
+from training.presets import get_preset, override
 
 PRESETS = {"autoencoder": "basic", "vae": "vae"}
 EPOCHS = 8
@@ -35,16 +33,7 @@ def trained(kind: str, x: Tensor, epochs: int) -> tuple[Autoencoder, float]:
     preset = override(get_preset(PRESETS[kind]), [f"epochs={epochs}"])
     items = (x * 255).round().to(torch.uint8)
     start = time.process_time()
-    network, _ = train(
-        build_network(preset, (1, 28, 28), SEED),
-        items,
-        items[:100],
-        preset.optimisation,
-        preset.corruption,
-        seed=SEED,
-        device=torch.device("cpu"),
-        progress=Silent(),
-    )
+    network = trained_network(preset, items, SEED)
     return network, time.process_time() - start
 
 

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from app.api.drain import Drain
 from app.api.errors import problem_body
 from app.api.in_flight import CONNECTION, InFlight
+from app.api.responses import send_whole
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_PIPELINED = 1000
@@ -102,8 +103,7 @@ class HttpConnection(HttpToolsProtocol):
         """
         cycle = getattr(send, "__self__", None)
         if not isinstance(cycle, RequestResponseCycle) or cycle.disconnected or cycle.response_started:
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            await send_whole(send, status, headers, body)
             return
         if self.flow.write_paused:
             await self.flow.drain()

@@ -26,18 +26,12 @@ class _Abandoned(Exception):
     """Nobody waits for the result."""
 
 
-def _nothing() -> None:
-    """The check of who needs none."""
-
-
-async def decode(work: Callable[[Check], T], terms: Terms, *, inline: bool) -> T:
-    """What `work` gives, called here if it is little, else on one of the decoders' threads.
+async def decode(work: Callable[[Check], T], terms: Terms) -> T:
+    """What `work` gives, called on one of the decoders' threads.
 
     Raises what it raises, and DeadlineExceeded when the request's time is over, its wait for a thread included. What
     is being decoded then, or when the caller is cancelled, is finished; what would come after it is not begun.
     """
-    if inline:
-        return work(_nothing)  # is done before anybody's time could be up
     ends_at, abandoned = time.monotonic() + terms.left_s, threading.Event()
     late = f"deadline: no answer within {terms.timeout_ms} ms"
 

@@ -19,7 +19,7 @@ from app.api.dependencies import headers_of
 from app.api.drain import Drain
 from app.api.errors import INTERNAL, problem_body, problem_response
 from app.api.in_flight import CONNECTION, Connection
-from app.api.responses import Answer
+from app.api.responses import Answer, send_whole
 from app.api.routing import Handler
 from app.api.security import Keys, needed_scope
 from app.api.security import Scope as KeyScope
@@ -113,11 +113,8 @@ class Envelope:
             status = response.status_code  # whole: nothing needs to be seen on its way
             headers = [*response.raw_headers, *self._added_headers(request_id)]
             connection: Connection | None = scope.get(CONNECTION)
-            if connection is not None:
-                await connection.respond(send, status, headers, bytes(response.body))
-                return
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": response.body})
+            respond = send_whole if connection is None else connection.respond
+            await respond(send, status, headers, bytes(response.body))
         except ClientDisconnect:
             status = status or 499  # the client left; there is nobody to answer
         except Exception:  # the last line: whatever it was, the caller gets an answer and the log its traceback
@@ -126,8 +123,7 @@ class Envelope:
                 raise  # half an answer cannot be taken back: the server closes the connection
             body = problem_body("internal error", INTERNAL[1], scope["request_id"])
             headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await send_with_id({"type": "http.response.start", "status": INTERNAL[0], "headers": headers})
-            await send_with_id({"type": "http.response.body", "body": body})
+            await send_whole(send_with_id, INTERNAL[0], headers, body)
         finally:
             self._metrics.observe_request(scope["method"], path, status, time.perf_counter() - started)
 

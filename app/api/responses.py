@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import orjson
 from pydantic import Field
 from starlette.responses import Response
+from starlette.types import Send
 
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 """Two numbers; a tuple's schema is one that FastAPI's document gets wrong."""
@@ -27,6 +29,12 @@ class Answer(Response):
         self.body = body
         self.background = None
         self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", media_type)]
+
+
+async def send_whole(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+    """Sends a whole answer as ASGI has it, in two messages."""
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:

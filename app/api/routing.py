@@ -190,7 +190,7 @@ class InferenceRouter(APIRouter):
             if len(body.data) <= INLINE_BYTES:
                 found = read_items(body, spec, limits, masked=masked)
             else:
-                found = await decode(lambda _: read_items(body, spec, limits, masked=masked), model.terms, inline=False)
+                found = await decode(lambda _: read_items(body, spec, limits, masked=masked), model.terms)
             if not found.pixels:
                 return bring_to_input(found, spec, invert=query_invert(query))
             # Decoding may cost more than the forward pass: not for what the queue has no room for.
@@ -198,9 +198,7 @@ class InferenceRouter(APIRouter):
             if found.pixels <= INLINE_PIXELS:
                 return bring_to_input(found, spec, invert=query_invert(query))
             return await decode(
-                lambda check: bring_to_input(found, spec, invert=query_invert(query), check=check),
-                model.terms,
-                inline=False,
+                lambda check: bring_to_input(found, spec, invert=query_invert(query), check=check), model.terms
             )
 
         declare = self._declare(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import numpy as np
@@ -24,6 +24,8 @@ import torch
 
 from app.artifacts.manifest import Capability
 from app.artifacts.store import ArtifactRef
+from app.catalog import Catalog
+from app.health import Health
 from app.inference.loaded_model import LoadedModel, is_sticky
 from app.served_model import labels_of
 from app.settings import Settings
@@ -182,6 +184,16 @@ def test_out_of_memory(
     assert statuses == {200}
     assert lane.max_batch_size <= 2
     assert longest_s <= ANSWERED_WITHIN_S
+
+
+@pytest.mark.parametrize(("within_s", "stall_s"), [(10.0, 30.0), (0.8, 0.2), (0.02, 60.0), (60.0, 0.01)])
+def test_short_limits_are_looked_at_as_often_as_they_need(within_s: float, stall_s: float) -> None:
+    """The event loop turns several times within a stall's limit, or the watchdog would take idling for one, and a
+    canary runs several times within the time in which a model must have run.
+    """
+    health = Health(cast(Catalog, None), within_s=within_s, stall_s=stall_s, end=lambda: None)
+    assert health._look_every_s + health._tend_every_s <= stall_s / 2
+    assert health._tend_every_s <= within_s / 8
 
 
 def test_stalled_forward(
