@@ -38,7 +38,7 @@ def parse_multipart(body: Body, max_parts: int) -> list[Part]:
     Raises MalformedPayload for bytes that are no complete form, InvalidInput for a part that is no file, and
     PayloadTooLarge for more than `max_parts`.
     """
-    if (plain := _plain_parts(body)) is not None and len(plain) <= max_parts:
+    if (plain := _plain_parts(body, max_parts)) is not None:
         return plain
     reader = MultipartReader(body.parameters, max_parts)
     parts = reader.feed(body.data)
@@ -49,8 +49,9 @@ def parse_multipart(body: Body, max_parts: int) -> list[Part]:
     return [part for part in parts if isinstance(part, Part)]
 
 
-def _plain_parts(body: Body) -> list[Part] | None:
-    """The files of a form that is written as nearly all are; None for every other, good or bad, which the parser reads.
+def _plain_parts(body: Body, max_parts: int) -> list[Part] | None:
+    """The files of a form that is written as nearly all are; None for every other, good or bad or of more than
+    `max_parts`, which the parser reads.
 
     A split at the speed of memory, in place of a look at every part's headers byte by byte.
     """
@@ -58,7 +59,7 @@ def _plain_parts(body: Body) -> list[Part] | None:
     opening = b"--" + boundary + b"\r\n"
     if not boundary or not body.data.startswith(opening):
         return None
-    *pieces, closing = body.data[len(opening) - 2 :].split(b"\r\n--" + boundary)
+    *pieces, closing = body.data[len(opening) - 2 :].split(b"\r\n--" + boundary, max_parts)
     if closing not in (b"--\r\n", b"--") or not pieces:
         return None
     parts = []

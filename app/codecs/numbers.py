@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 _BEGINNING = re.compile(rb'\s*\{\s*"instances"\s*:\s*\[')
 _LARGEST = float(np.finfo(np.float32).max)
+_KEPT_BYTES = 256 * 1024
 _local = threading.local()
 
 
@@ -29,7 +30,7 @@ def parse_rows(
     if found is None or data.find(b'"', found.end()) >= 0:
         return None
     try:
-        document: Any = _parser().parse(data)
+        document: Any = _parser(len(data)).parse(data)
         instances = document["instances"]
         rows = len(instances)
         lists = data.count(b"[") - 1
@@ -62,8 +63,12 @@ def _is_nested(value: object, lengths: tuple[int, ...]) -> bool:
     return len(lengths) == 1 or all(_is_nested(part, lengths[1:]) for part in value)
 
 
-def _parser() -> simdjson.Parser:
-    """The thread's own: it keeps its memory from one document to the next."""
+def _parser(size: int) -> simdjson.Parser:
+    """A parser for a body of that many bytes: the thread's own, which keeps its memory from one document to the next,
+    but for a large one, whose many times larger memory would stay for ever.
+    """
+    if size > _KEPT_BYTES:
+        return simdjson.Parser()
     parser: simdjson.Parser | None = getattr(_local, "parser", None)
     if parser is None:
         parser = _local.parser = simdjson.Parser()

@@ -255,6 +255,7 @@ class Metrics:
             self._load_seconds.observe(seconds)
         # Files that several processes share cannot forget; one process must, or every reload would leave something.
         if change == "unloaded" and MULTIPROCESS_VARIABLE not in os.environ:
+            self._count_seen()  # or what was seen of it a moment ago would bring it back
             for metric in (
                 self._rows,
                 self._failed_rows,

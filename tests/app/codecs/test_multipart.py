@@ -145,7 +145,7 @@ def test_a_form_split_at_once_is_what_the_parser_makes_of_it(
         for field, name, data, more in files
     ]
     body = Body(b"".join(parts) + b"--B--" + end, "multipart/form-data", {"boundary": "B"})
-    plain = _plain_parts(body)
+    plain = _plain_parts(body, 10)
     if plain is None:
         return
     reader = MultipartReader(body.parameters)
@@ -157,5 +157,14 @@ def test_a_form_split_at_once_is_what_the_parser_makes_of_it(
 def test_a_usual_form_is_split_at_once() -> None:
     """As browsers, curl and Python's libraries write it."""
     more = b"Content-Type: image/png\r\n"
-    plain = _plain_parts(form(part(b"\x89PNG\r\n\r\n", more=more), part(b"", more=more)))
+    plain = _plain_parts(form(part(b"\x89PNG\r\n\r\n", more=more), part(b"", more=more)), 10)
     assert plain == [Part("file", "a.png", b"\x89PNG\r\n\r\n"), Part("file", "a.png", b"")]
+
+
+def test_more_parts_than_may_be_are_not_even_split() -> None:
+    """Millions of empty parts would be gigabytes as objects; the parser stops at the first that is one too many."""
+    body = form(*[part(b"")] * 3)
+    assert _plain_parts(body, 3) is not None
+    assert _plain_parts(body, 2) is None
+    with pytest.raises(PayloadTooLarge):
+        parse_multipart(body, 2)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from app.artifacts.manifest import InputSpec
 from app.codecs.bodies import Body
 from app.codecs.items import Limits, read_items
-from app.codecs.numbers import parse_rows
+from app.codecs.numbers import _parser, parse_rows
 from app.errors import ServiceError
 
 SHAPE = (1, 2, 3)
@@ -73,6 +73,15 @@ def test_what_lies_outside_the_range_is_left_to_the_slow_way(number: str) -> Non
     assert (parse_rows(f'{{"instances": [[1, 2, 3, 4, 5, {number}]]}}'.encode(), SHAPE, None) is None) == (
         number == "-1e39"
     )
+
+
+def test_only_small_bodies_leave_memory_behind() -> None:
+    assert _parser(1000) is _parser(2000)
+    assert _parser(10**6) is not _parser(10**6)
+    large = np.random.default_rng(0).random((500, *SHAPE), dtype=np.float32).repeat(20, axis=0)
+    body = orjson.dumps({"instances": large}, option=orjson.OPT_SERIALIZE_NUMPY)
+    assert len(body) > 256 * 1024
+    np.testing.assert_array_equal(parse_rows(body, SHAPE, (0, 1)), large)
 
 
 NUMBERS = st.one_of(
