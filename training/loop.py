@@ -131,7 +131,7 @@ def train(  # noqa: PLR0915  # one function, read top to bottom
     network.prepare(to_float(items[:PREPARING_ITEMS]))
     bfloat16 = optimisation.bfloat16 and computes_in_bfloat16(device)
     kept = copy.deepcopy(network) if optimisation.ema_decay else network
-    optimiser = _optimiser(network, optimisation)
+    optimiser, parameters = _optimiser(network, optimisation), list(network.parameters())
     total_steps = math.ceil(len(items) / optimisation.batch_size) * optimisation.epochs
     state = _State()
     if checkpoints is not None and (saved := checkpoints.load()) is not None:
@@ -160,18 +160,19 @@ def train(  # noqa: PLR0915  # one function, read top to bottom
                 network.advance(fraction)
                 rows = processes.rows(len(indices))
                 noise, posterior = (Noise(draw, rows, len(indices)) for draw in draws)
-                target = to_float(items[indices[rows]])
+                target = to_float(items.index_select(0, indices[rows]))  # copies whole rows, unlike items[…]
                 corrupted = network.corrupt(target, corruption, noise)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     loss = network.loss(corrupted.x, corrupted.mask, target, posterior)
                 # A process's share of the mean over the whole batch.
                 share = loss * (len(target) / len(indices)) if len(target) else loss.nan_to_num() * 0
-                optimiser.zero_grad(set_to_none=True)
+                for parameter in parameters:
+                    parameter.grad = None
                 share.backward()  # type: ignore[no-untyped-call]
                 state.elapsed_s, stopping = processes.agree(time.perf_counter() - started, stop())
                 share = processes.sum_gradients(network, share.detach().float())
                 if optimisation.clip_norm:
-                    nn.utils.clip_grad_norm_(network.parameters(), optimisation.clip_norm)
+                    nn.utils.clip_grad_norm_(parameters, optimisation.clip_norm)
                 for group in optimiser.param_groups:
                     group["lr"] = optimisation.learning_rate * rate
                 optimiser.step()

@@ -17,7 +17,7 @@ def mean_squared_error(reconstruction: Tensor, target: Tensor) -> Tensor:
     Returns:
         One value per item, (batch,).
     """
-    return (reconstruction - target).square().flatten(1).mean(1)  # (batch,)
+    return functional.mse_loss(reconstruction, target, reduction="none").flatten(1).mean(1)  # (batch,)
 
 
 def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:

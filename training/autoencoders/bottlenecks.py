@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -45,8 +46,8 @@ class Bottleneck(nn.Module):
         del features
         return [Pass(self.decode(z))]
 
-    def prepare(self, features: Tensor) -> None:
-        """Takes constants from the features of training items, before training."""
+    def prepare(self, features: Callable[[], Tensor]) -> None:
+        """Takes constants from the features of training items, before training; most take none, and do not ask."""
 
     def standardise(self, z: Tensor) -> None:
         """Scales the code, after training, where that changes no reconstruction."""
@@ -161,8 +162,8 @@ class _TopK(Bottleneck):
         return [Pass(narrow), Pass(broad, weight=1 / 8)]
 
     @torch.no_grad()
-    def prepare(self, features: Tensor) -> None:
-        self.out.bias.copy_(features.mean(0))
+    def prepare(self, features: Callable[[], Tensor]) -> None:
+        self.out.bias.copy_(features().mean(0))
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,8 @@ class _Quantised(Bottleneck):
         return [Pass(self.out(unflatten(straight, self.latent)).flatten(1), penalty=penalty)]
 
     @torch.no_grad()
-    def prepare(self, features: Tensor) -> None:
-        places = self.places(self.encode(features))
+    def prepare(self, features: Callable[[], Tensor]) -> None:
+        places = self.places(self.encode(features()))
         step = max(1, len(places) // len(self.codebook))
         chosen = places[::step][: len(self.codebook)]
         self.codebook[: len(chosen)] = chosen

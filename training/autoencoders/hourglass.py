@@ -175,7 +175,7 @@ class Hourglass(Autoencoder):
         """Standardisation, and the bottleneck's constants."""
         if isinstance(self.scaling, Standardise):
             self.scaling.fit(items)
-        self.bottleneck.prepare(self.encoder(self.scaling(items)))
+        self.bottleneck.prepare(lambda: self.encoder(self.scaling(items)))
 
     def corrupt(self, x: Tensor, corruption: Corruption, noise: Noise) -> Corrupted:
         """Noise in units of the standardised item."""
