@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -82,6 +83,7 @@ def create_app(settings: Settings, member: Member | None = None, end: Callable[[
             ) as health,
             ModelControl(catalog, member) as control,
         ):
+            app.state.loop = asyncio.get_running_loop()
             app.state.health, app.state.control, app.state.catalog = health, control, catalog
             async with (
                 catalog,

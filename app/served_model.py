@@ -7,9 +7,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from app.inference.loaded_model import LoadedModel, Row
 
 _CANARY_PRIORITY = 10  # above any request's: where many wait, a dead model and a busy one must still be told apart
 _CANARY_ROWS = 1
+_MOST_REMEMBERED = 256
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -72,6 +75,8 @@ class ServedModel:
         self.calibration: Calibration | None = artifact.calibration()
         self.projection: Projection | None = artifact.projection()
         self.batcher = batcher
+        self.name_header = str(self).encode()
+        """Name and version as the header `X-Model` has them."""
         self.pulse = Pulse()
         self.p_values = PValueSketch()
         self.used_at_s = 0.0
@@ -81,6 +86,7 @@ class ServedModel:
         self._bringing: asyncio.Task[None] | None = None
         self._lanes: dict[Capability, ModelLane] | None = None
         self._canary: ModelLane | None = None
+        self._remembered: dict[tuple[Hashable, ...], Any] = {}
 
     def __str__(self) -> str:
         return f"{self.manifest.name}:{self.manifest.version}"
@@ -109,19 +115,38 @@ class ServedModel:
         """Gives its module's memory back, once what runs on it is done."""
         self._lanes = self._canary = None
 
-    async def run(
+    def run(
         self, capability: Capability, rows: Sequence[Row], *, timeout_s: float, caller: str, priority: int
-    ) -> Answered[Row]:
+    ) -> Coroutine[Any, Any, Answered[Row]]:
         """The outputs of the exported method for each row; takes and raises what `Batcher.submit` does.
 
         Also raises ModelUnavailable, if it had to come back into memory and could not.
         """
         self.used_at_s = time.monotonic()
         if self._lanes is None:
-            timeout_s = await self._brought(timeout_s)
+            return self._run_when_brought(capability, rows, timeout_s, caller, priority)
         # Held from here on: being evicted meanwhile does not matter.
-        lane = self.lanes[capability]
-        return await self.batcher.submit(lane, rows, timeout_s=timeout_s, caller=caller, priority=priority)
+        lane = self._lanes[capability]
+        return self.batcher.submit(lane, rows, timeout_s=timeout_s, caller=caller, priority=priority)
+
+    async def _run_when_brought(
+        self, capability: Capability, rows: Sequence[Row], timeout_s: float, caller: str, priority: int
+    ) -> Answered[Row]:
+        left_s = await self._brought(timeout_s)
+        return await self.run(capability, rows, timeout_s=left_s, caller=caller, priority=priority)
+
+    def remembered(self, make: Callable[..., T], *arguments: Hashable) -> T:
+        """`make(self, *arguments)`, made once and kept as long as there is room: for what requests ask again and again
+        and only the model and their parameters decide.
+        """
+        key = (make, *arguments)
+        found: T | None = self._remembered.get(key)
+        if found is None:
+            found = make(self, *arguments)
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = found
+        return found
 
     def check_room(self, capability: Capability, rows: int = 1) -> None:
         """Raises what `run` would raise at once for so many rows, such as QueueFull."""

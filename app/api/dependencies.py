@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
 from app.artifacts.calibration import Calibration
@@ -22,6 +22,9 @@ from app.served_model import ServedModel
 from app.settings import Settings
 
 _HEADERS = "hourglass.headers"
+WHOLE_BODY = "hourglass.body"
+"""Where in a scope a server leaves the body, if all of it was there when the request began."""
+
 MAX_TIMEOUT_MS = 600_000
 MAX_PRIORITY = 9
 
@@ -32,6 +35,7 @@ class Terms:
     how urgently.
     """
 
+    loop: asyncio.AbstractEventLoop
     timeout_ms: int
     deadline: float
     caller: str
@@ -40,7 +44,8 @@ class Terms:
     @property
     def left_s(self) -> float:
         """Seconds until the deadline; at least a little, so that what is late is told so in the one way."""
-        return max(1e-6, self.deadline - asyncio.get_running_loop().time())
+        # Not the running loop: asking for that asks the kernel for the process's id each time.
+        return max(1e-6, self.deadline - self.loop.time())
 
 
 @dataclass(slots=True)
@@ -74,15 +79,13 @@ class Model:
 
     def server_timing(self, decode_s: float, encode_s: float) -> bytes:
         """The header Server-Timing, in milliseconds."""
-        return (
-            f"decode;dur={decode_s * 1e3:.3f}, queue;dur={self.queued_s * 1e3:.3f}, "
-            f"run;dur={self.ran_s * 1e3:.3f}, encode;dur={encode_s * 1e3:.3f}"
-        ).encode()
+        seconds = (decode_s, self.queued_s, self.ran_s, encode_s)
+        return b"decode;dur=%.3f, queue;dur=%.3f, run;dur=%.3f, encode;dur=%.3f" % tuple([s * 1e3 for s in seconds])
 
     async def run(self, capability: Capability, *arguments: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
         """The exported method's outputs, each (n, …), for arguments of n rows each; raises as `Batcher.submit` does."""
-        rows = list(zip(*arguments, strict=True))
         terms = self.terms
+        rows = list(zip(*arguments, strict=True))
         try:
             answered = await self.served.run(
                 capability, rows, timeout_s=terms.left_s, caller=terms.caller, priority=terms.priority
@@ -93,13 +96,9 @@ class Model:
             raise DeadlineExceeded(f"deadline: no answer within {terms.timeout_ms} ms") from error
         self.queued_s += answered.queued_s
         self.ran_s += answered.ran_s
-        return tuple(_with_batch_axis(column) for column in zip(*answered.results, strict=True))
-
-
-def _with_batch_axis(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    if len(rows) == 1:
-        return np.asarray(rows[0])[np.newaxis]  # a view; stacking would copy
-    return np.stack(rows)
+        if len(rows) == 1:
+            return tuple([np.asarray(output)[np.newaxis] for output in answered.results[0]])  # views; no copies
+        return tuple([np.stack(column) for column in zip(*answered.results, strict=True)])
 
 
 def headers_of(scope: Any) -> dict[bytes, bytes]:
@@ -110,12 +109,12 @@ def headers_of(scope: Any) -> dict[bytes, bytes]:
     return headers
 
 
-def read_terms(scope: Any, headers: dict[bytes, bytes], settings: Settings) -> Terms:
+def read_terms(scope: Any, headers: dict[bytes, bytes], settings: Settings, loop: asyncio.AbstractEventLoop) -> Terms:
     """The request's terms: `X-Request-Timeout-Ms` or the setting, `X-Request-Priority`, and whose connection it is.
 
     Raises InvalidParameter.
     """
-    now = asyncio.get_running_loop().time()
+    now = loop.time()
     timeout_ms = settings.request_timeout_ms
     if b"x-request-timeout-ms" in headers:
         timeout_ms = _integer(headers, "X-Request-Timeout-Ms", 1, MAX_TIMEOUT_MS)
@@ -123,7 +122,7 @@ def read_terms(scope: Any, headers: dict[bytes, bytes], settings: Settings) -> T
     if b"x-request-priority" in headers:
         priority = _integer(headers, "X-Request-Priority", 0, MAX_PRIORITY)
     client = scope.get("client")
-    return Terms(timeout_ms, now + timeout_ms / 1000, client[0] if client else "", priority)
+    return Terms(loop, timeout_ms, now + timeout_ms / 1000, client[0] if client else "", priority)
 
 
 def _integer(headers: dict[bytes, bytes], name: str, low: int, high: int) -> int:
@@ -133,11 +132,23 @@ def _integer(headers: dict[bytes, bytes], name: str, low: int, high: int) -> int
     return int(text)
 
 
-async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> Body:
+async def read_body(request: Request, headers: dict[bytes, bytes], limit: int) -> Body:
     """The whole body, decompressed, at most `limit` bytes before and after; to be called within an `InFlight`.
 
     Raises PayloadTooLarge as soon as the limit is passed, without reading on, and ClientDisconnect.
     """
+    data: bytes | None = request.scope.get(WHOLE_BODY)
+    if data is None:
+        data = await _receive_all(request.receive, headers, limit)
+    elif len(data) > limit:
+        raise PayloadTooLarge(f"body: expected at most {limit} bytes, found {len(data)}")
+    if b"content-encoding" in headers:
+        data = decompress(data, headers[b"content-encoding"].decode("latin-1"), limit)
+    return Body(data, *_content_type(headers.get(b"content-type", b"")))
+
+
+async def _receive_all(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
+    """A body that comes in pieces."""
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared[:20]) > limit:
         raise PayloadTooLarge(f"body: expected at most {limit} bytes, found {int(declared[:20])}")
@@ -153,9 +164,7 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -
         data = b"".join(chunks)
     if len(data) > limit:
         raise PayloadTooLarge(f"body: expected at most {limit} bytes, found more")
-    if b"content-encoding" in headers:
-        data = decompress(data, headers[b"content-encoding"].decode("latin-1"), limit)
-    return Body(data, *_content_type(headers.get(b"content-type", b"")))
+    return data
 
 
 async def _receive(receive: Receive) -> MutableMapping[str, Any]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app.api.dependencies import headers_of
@@ -106,35 +105,31 @@ class Envelope:
                 await self._serve_routed(scope, receive, send_with_id)
                 path = getattr(scope.get("route"), "path", "unmatched")
                 return
-            response = await self._answer(handler, Request(scope, receive))
+            request = Request(scope, receive)
+            try:
+                if self._keys.are_set or self._drain.is_closed:
+                    self._admit(scope, KeyScope.INFER)
+                response = await handler(request)
+            except ServiceError as error:
+                response = problem_response(request, error)
             if not isinstance(response, Answer):
                 await response(scope, receive, send_with_id)
                 return
             status = response.status_code  # whole: nothing needs to be seen on its way
-            headers = [*response.raw_headers, *self._added_headers(request_id)]
+            headers = response.raw_headers
+            headers += self._added_headers(request_id)
             connection: Connection | None = scope.get(CONNECTION)
             respond = send_whole if connection is None else connection.respond
-            await respond(send, status, headers, bytes(response.body))
+            await respond(send, status, headers, response.body)
         except ClientDisconnect:
             status = status or 499  # the client left; there is nobody to answer
         except Exception:  # the last line: whatever it was, the caller gets an answer and the log its traceback
             logger.exception("request %s failed", scope["request_id"])
             if status:
                 raise  # half an answer cannot be taken back: the server closes the connection
-            body = problem_body("internal error", INTERNAL[1], scope["request_id"])
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await send_whole(send_with_id, INTERNAL[0], headers, body)
+            await _answer_internal_error(scope, send_with_id)
         finally:
             self._metrics.observe_request(scope["method"], path, status, time.perf_counter() - started)
-
-    async def _answer(self, handler: Handler, request: Request) -> Response:
-        """What a hot path's handler answers, or why it is not even asked."""
-        try:
-            if self._keys.are_set or self._drain.is_closed:
-                self._admit(request.scope, KeyScope.INFER)
-            return await handler(request)
-        except ServiceError as error:
-            return problem_response(request, error)
 
     async def _serve_routed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """All other paths, by way of the application's own stack."""
@@ -170,3 +165,8 @@ class Envelope:
         self._keys.check(headers_of(scope), needed)
         if self._drain.is_closed and needed is not None:
             raise Draining("the service is shutting down", retry_after_s=1)
+
+
+async def _answer_internal_error(scope: Scope, send: Send) -> None:
+    answer = Answer(problem_body("internal error", INTERNAL[1], scope["request_id"]), b"application/json")
+    await send_whole(send, INTERNAL[0], answer.raw_headers, answer.body)

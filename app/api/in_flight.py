@@ -54,7 +54,7 @@ class InFlight:
         self._watching: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(self._terms.loop)
         self._deadlines.add(self, self._terms.deadline)
         if self._connection is not None:
             self._connection.working = self

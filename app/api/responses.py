@@ -25,6 +25,7 @@ class Answer(Response):
 
     def __init__(self, body: bytes, media_type: bytes, status_code: int = 200) -> None:
         # Starlette's would encode and look at each header.
+        self.body: bytes
         self.status_code = status_code
         self.body = body
         self.background = None

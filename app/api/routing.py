@@ -34,15 +34,16 @@ from app.api.dependencies import (
 from app.api.errors import problem_responses
 from app.api.in_flight import InFlight
 from app.api.responses import Answer, encode_json
-from app.api.services import services_of
+from app.api.services import Services
 from app.artifacts.manifest import Capability, InputSpec
 from app.codecs.bodies import Body
 from app.codecs.images import encode_png
-from app.codecs.items import Items, Limits, bring_to_input, read_items
+from app.codecs.items import Items, Limits, ReadItems, bring_to_input, read_items
 from app.codecs.npy import encode_npy
 
 JSON, PNG, NPY = "application/json", "image/png", "application/x-npy"
 HTML = "text/html"  # what a browser asks for; it gets JSON, pictures too being among what it accepts
+_WITH_PICTURES, _WITHOUT_PICTURES = (JSON, HTML, PNG, NPY), (JSON, HTML, NPY)
 
 # Below these, decoding costs less than handing it to another thread.
 INLINE_BYTES = 128 * 1024
@@ -104,17 +105,25 @@ class Results:
 
     Args:
         columns: one value per item under each name of the answer's schema; arrays have the items first.
-        main: the column that `Accept: application/x-npy` answers, or an array made for it.
+        main: the array that `Accept: application/x-npy` answers, or what makes it when it is wanted.
         pictures: the column that `Accept: image/png` shows; None if there is nothing to show.
         beside: members that stand beside `results`.
         shared: members that are the same in every item's answer, behind its columns.
     """
 
     columns: dict[str, Sequence[Any] | NDArray[Any]]
-    main: NDArray[Any]
+    main: NDArray[Any] | Callable[[], NDArray[Any]]
     pictures: str | None = None
     beside: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The main array."""
+        return self.main() if callable(self.main) else self.main
 
 
 @dataclass(frozen=True)
@@ -182,24 +191,29 @@ class InferenceRouter(APIRouter):
         itself, so that streams of them can be.
         """
 
-        async def read(body: Body, model: Model, query: QueryT, request: Request) -> Items:
-            limits = services_of(request).limits
-            spec = model.manifest.input
-            if query_invert(query) is not None and spec.range is None:
+        def read(body: Body, model: Model, query: QueryT, limits: Limits) -> Items | Awaitable[Items]:
+            spec, invert = model.served.manifest.input, query_invert(query)
+            if invert is not None and spec.range is None:
                 raise errors.InvalidParameter("invert: this model takes records, which have no dark and light")
-            if len(body.data) <= INLINE_BYTES:
-                found = read_items(body, spec, limits, masked=masked)
-            else:
-                found = await decode(lambda _: read_items(body, spec, limits, masked=masked), model.terms)
-            if not found.pixels:
-                return bring_to_input(found, spec, invert=query_invert(query))
-            # Decoding may cost more than the forward pass: not for what the queue has no room for.
-            model.served.check_room(capability, len(found.entries))
-            if found.pixels <= INLINE_PIXELS:
-                return bring_to_input(found, spec, invert=query_invert(query))
-            return await decode(
-                lambda check: bring_to_input(found, spec, invert=query_invert(query), check=check), model.terms
+            if len(body.data) > INLINE_BYTES:
+                return read_aside(body, model, invert, limits)
+            return bring(read_items(body, spec, limits, masked=masked), model, invert)
+
+        async def read_aside(body: Body, model: Model, invert: bool | None, limits: Limits) -> Items:
+            spec = model.served.manifest.input
+            found = bring(
+                await decode(lambda _: read_items(body, spec, limits, masked=masked), model.terms), model, invert
             )
+            return found if isinstance(found, Items) else await found
+
+        def bring(found: ReadItems, model: Model, invert: bool | None) -> Items | Awaitable[Items]:
+            spec, pixels = model.served.manifest.input, found.pixels
+            if pixels:
+                # Decoding may cost more than the forward pass: not for what the queue has no room for.
+                model.served.check_room(capability, len(found.entries))
+            if pixels > INLINE_PIXELS:
+                return decode(lambda check: bring_to_input(found, spec, invert=invert, check=check), model.terms)
+            return bring_to_input(found, spec, invert=invert)
 
         declare = self._declare(
             path,
@@ -236,8 +250,8 @@ class InferenceRouter(APIRouter):
     ) -> Callable[[Callable[[Content, Model, ModelQuery], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
         """Declares `endpoint(content, model, query)` at POST `path`, for bodies that hold something else than items."""
 
-        async def read(body: Body, _model: Model, _query: ModelQuery, request: Request) -> Content:
-            return Content(body, services_of(request).limits)
+        def read(body: Body, _model: Model, _query: ModelQuery, limits: Limits) -> Content:
+            return Content(body, limits)
 
         return self._declare(
             path,
@@ -258,7 +272,7 @@ class InferenceRouter(APIRouter):
         capability: Capability,
         answers: type[BaseModel],
         query: type[QueryT],
-        read: Callable[[Body, Model, QueryT, Request], Awaitable[Any]],
+        read: Callable[[Body, Model, QueryT, Limits], Items | Content | Awaitable[Items]],
         request_body: dict[str, Any],
         body_required: bool,
         raises: Sequence[type[errors.ServiceError]],
@@ -266,40 +280,40 @@ class InferenceRouter(APIRouter):
         beside: dict[str, Any] | None = None,
         shows_pictures: bool = True,
     ) -> Callable[[Callable[[Any, Model, QueryT], Awaitable[Results]]], Callable[..., Awaitable[Results]]]:
+        needed = (capability, *also)
+
         def decorate(endpoint: Callable[[Any, Model, QueryT], Awaitable[Results]]) -> Callable[..., Awaitable[Results]]:
             async def handle(request: Request) -> Response:
-                scope, services = request.scope, services_of(request)
+                scope = request.scope
+                services: Services = scope["app"].state
                 headers = headers_of(scope)
                 parameters = parse_query(query, scope["query_string"])
-                model_found = services.catalog.find(parameters.model, capability, *also)
+                served = services.catalog.find(parameters.model, *needed)
                 accept = headers.get(b"accept", b"").decode("latin-1")
-                shows = shows_pictures and model_found.manifest.input.picture is not None
-                offered = (JSON, HTML, PNG, NPY) if shows else (JSON, HTML, NPY)
-                media_type = preferred_media_type(accept, offered)
-                if media_type is None:
-                    expected = " or ".join(kind for kind in offered if kind != HTML)
-                    raise errors.NotAcceptable(f"accept: expected {expected}, found {accept!r}")
-                terms = read_terms(scope, headers, services.settings)
-                model = Model(model_found, terms, shows_picture=media_type == PNG)
-                counted = services_of(request).metrics.inference(
-                    model_found.manifest.name, model_found.manifest.version
-                )
+                manifest = served.manifest
+                shows = shows_pictures and manifest.input.picture is not None
+                media_type = _negotiated(accept, _WITH_PICTURES if shows else _WITHOUT_PICTURES)
+                terms = read_terms(scope, headers, services.settings, services.loop)
+                model = Model(served, terms, shows_picture=media_type == PNG)
+                counted = services.metrics.inference(manifest.name, manifest.version)
                 with counted:
-                    model_found.check_room(capability)  # where there is none, not even the body is read
+                    served.check_room(capability)  # where there is none, not even the body is read
                     started = time.perf_counter()
                     with InFlight(services.deadlines, scope, terms) as in_flight:
-                        body = await read_body(request.receive, headers, services.settings.max_body_bytes)
+                        body = await read_body(request, headers, services.settings.max_body_bytes)
                         in_flight.body_is_read(request.receive)
-                        given = await read(body, model, parameters, request)
+                        given = read(body, model, parameters, services.limits)
+                        if not isinstance(given, Items | Content):
+                            given = await given
                         decoded = time.perf_counter()
                         results = await endpoint(given, model, parameters)
                     ids = given.ids if isinstance(given, Items) else None
                     ran = time.perf_counter()
                     response = encode_results(results, model, media_type, as_png=parameters.images == "png", ids=ids)
-                    counted.items = len(results.main)
+                    counted.items = len(results)
                     counted.decode_s, counted.encode_s = decoded - started, time.perf_counter() - ran
                 response.raw_headers += [
-                    (b"x-model", str(model).encode()),
+                    (b"x-model", served.name_header),
                     (b"server-timing", model.server_timing(counted.decode_s, counted.encode_s)),
                 ]
                 return response
@@ -322,6 +336,15 @@ class InferenceRouter(APIRouter):
             return endpoint
 
         return decorate
+
+
+def _negotiated(accept: str, offered: tuple[str, ...]) -> str:
+    """The offered media type that the caller likes best. Raises NotAcceptable."""
+    media_type = preferred_media_type(accept, offered)
+    if media_type is None:
+        expected = " or ".join(kind for kind in offered if kind != HTML)
+        raise errors.NotAcceptable(f"accept: expected {expected}, found {accept!r}")
+    return media_type
 
 
 def summary_of(endpoint: Callable[..., Any]) -> str:
@@ -356,7 +379,7 @@ def encode_results(results: Results, model: Model, media_type: str, *, as_png: b
     """The answer in that media type, which must be one that the results have."""
     spec = model.manifest.input
     if media_type == NPY:
-        return Answer(encode_npy(results.main), NPY.encode())
+        return Answer(encode_npy(results.array), NPY.encode())
     if results.pictures is not None and spec.range is not None and media_type == PNG:
         return Answer(encode_png(np.asarray(results.columns[results.pictures]), spec.range, ids), PNG.encode())
     rows = result_rows(results, spec, as_png=as_png, ids=ids)

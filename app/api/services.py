@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -21,13 +22,14 @@ from app.settings import Settings
 
 @dataclass(eq=False)
 class Services:
-    """The parts of the application. Catalog, fleet, health and control exist while its lifespan lasts."""
+    """The parts of the application. Loop, catalog, fleet, health and control exist while its lifespan lasts."""
 
     settings: Settings
     metrics: Metrics
     drain: Drain
     deadlines: Deadlines[InFlight] = field(default_factory=lambda: Deadlines(InFlight.expire))
     limits: Limits = field(init=False)
+    loop: asyncio.AbstractEventLoop = field(init=False)
     catalog: Catalog = field(init=False)
     fleet: Fleet = field(init=False)
     health: Health = field(init=False)

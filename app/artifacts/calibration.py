@@ -28,6 +28,45 @@ class Verdicts:
     extrapolated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a calibration decides by at one false-positive rate; made once, for many batches.
+
+    Args:
+        calibration: whose scores.
+        target_fpr: the rate.
+        allowed: most calibration scores, and one, that may lie at or above an anomaly's; 0: the tail model decides.
+        threshold: an item is an anomaly exactly if its score lies above it.
+    """
+
+    calibration: Calibration
+    target_fpr: float
+    allowed: int
+    threshold: float
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether the rate is finer than the scores support."""
+        return not self.allowed
+
+    def judge(self, scores: NDArray[np.float32]) -> Verdicts:
+        """Judges scores, (batch,)."""
+        counts, size = self.calibration.counts(scores), len(self.calibration.scores) + 1
+        p_value = counts / size
+        if self.allowed:
+            return Verdicts(p_value, counts <= self.allowed, self.threshold, self.target_fpr)
+        return self._beyond(scores, p_value, 1 / size)
+
+    def _beyond(self, scores: NDArray[np.float32], p_value: NDArray[np.float64], finest: float) -> Verdicts:
+        highest, tail, rate = self.calibration.scores[-1], self.calibration.tail, self.target_fpr
+        above = scores.astype(np.float32) > np.float32(self.threshold)
+        modelled = p_value if tail is None else np.minimum(tail.p_value(scores), finest)
+        p_value = np.where(scores.astype(np.float32) > highest, modelled, p_value)
+        # On the scores: p-values of a threshold's neighbours may differ by less than they are rounded.
+        p_value = np.where(above, np.minimum(p_value, rate), np.maximum(p_value, np.nextafter(rate, 1)))
+        return Verdicts(p_value, above, self.threshold, rate, extrapolated=True)
+
+
 class RateTooFine(ValueError):
     """A false-positive rate below 1 / (n + 1): n normal scores cannot tell it from zero."""
 
@@ -96,21 +135,24 @@ class Calibration:
         """The smallest false-positive rate that the data supports."""
         return 1 / (len(self.scores) + 1)
 
-    def verdicts(self, scores: NDArray[np.float32], target_fpr: float) -> Verdicts:
-        """Judges scores, (batch,), at a false-positive rate in (0, 1).
+    def rule(self, target_fpr: float) -> Rule:
+        """What to decide by at a false-positive rate in (0, 1).
 
         Raises RateTooFine below `finest_target_fpr` where there is no tail model.
         """
         n = len(self.scores)
-        allowed, counts = self._allowed(target_fpr), self._counts(scores)
-        if allowed < 1:
-            return self._beyond(scores, counts / (n + 1), target_fpr)
-        return Verdicts(
-            p_value=counts / (n + 1),
-            is_anomaly=counts <= allowed,
-            threshold=float(self.scores[n - allowed]),
-            target_fpr=float(target_fpr),
-        )
+        allowed = self._allowed(target_fpr)
+        if allowed:
+            return Rule(self, float(target_fpr), allowed, float(self.scores[n - allowed]))
+        if self.tail is None:
+            raise RateTooFine(f"target_fpr: {target_fpr} is finer than 1/{n + 1}, what {n} normal scores support")
+        # As wide as the scores, and above all that were measured: those have p-values that are none of a model.
+        threshold = np.float32(max(self.tail.score_at(target_fpr), float(self.scores[-1])))
+        return Rule(self, float(target_fpr), 0, float(threshold))
+
+    def verdicts(self, scores: NDArray[np.float32], target_fpr: float) -> Verdicts:
+        """Judges scores, (batch,), at a false-positive rate in (0, 1). Raises as `rule` does."""
+        return self.rule(target_fpr).judge(scores)
 
     def discoveries(self, scores: NDArray[np.float32], fdr: float) -> Verdicts:
         """Judges scores, (batch,), together: of those called anomalies, at most this share are normal on average.
@@ -119,7 +161,8 @@ class Calibration:
 
         Source: Benjamini & Hochberg 1995; for conformal p-values Bates et al. 2023, arXiv:2104.08279.
         """
-        counts = np.sort(self._counts(scores))
+        found_counts = self.counts(scores)
+        counts = np.sort(found_counts)
         ranks = np.arange(1, len(scores) + 1)
         rates = fdr * ranks / len(scores)
         found = np.flatnonzero(counts <= np.array([self._allowed(rate) for rate in rates]))
@@ -128,19 +171,19 @@ class Calibration:
         n = len(self.scores)
         threshold = self.scores[n - allowed] if allowed else max(self.scores[-1], scores.astype(np.float32).max())
         return Verdicts(
-            p_value=self.p_values(scores),
-            is_anomaly=self._counts(scores) <= allowed,
+            p_value=found_counts / (n + 1),
+            is_anomaly=found_counts <= allowed,
             threshold=float(threshold),
             target_fpr=rate,
         )
 
     def p_values(self, scores: NDArray[np.float32]) -> NDArray[np.float64]:
         """(1 + #{calibration scores ≥ score}) / (n + 1), (batch,)."""
-        return np.asarray(self._counts(scores) / (len(self.scores) + 1))
+        return np.asarray(self.counts(scores) / (len(self.scores) + 1))
 
-    def _counts(self, scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    def counts(self, scores: NDArray[np.float32]) -> NDArray[np.int64]:
         """1 + #{calibration scores ≥ score}, (batch,)."""
-        return (len(self.scores) + 1) - self.scores.searchsorted(np.asarray(scores, np.float32))
+        return (len(self.scores) + 1) - self.scores.searchsorted(scores.astype(np.float32, copy=False))
 
     def _allowed(self, rate: float) -> int:
         """The largest k with k / (n + 1) ≤ rate."""
@@ -148,16 +191,3 @@ class Calibration:
         # Compared as p-values are, since .29 · 100 is 28.999… in binary floating point, and 3 / 7 · 7 may be 2.999…
         allowed = int(rate * (n + 1))
         return allowed + 1 if (allowed + 1) / (n + 1) <= rate else allowed
-
-    def _beyond(self, scores: NDArray[np.float32], p_value: NDArray[np.float64], rate: float) -> Verdicts:
-        n = len(self.scores)
-        if self.tail is None:
-            raise RateTooFine(f"target_fpr: {rate} is finer than 1/{n + 1}, what {n} normal scores support")
-        # As wide as the scores, and above all that were measured: those have p-values that are none of a model.
-        threshold = np.float32(max(self.tail.score_at(rate), float(self.scores[-1])))
-        above = scores.astype(np.float32) > threshold
-        modelled = np.minimum(self.tail.p_value(scores), 1 / (n + 1))
-        p_value = np.where(scores.astype(np.float32) > self.scores[-1], modelled, p_value)
-        # On the scores: p-values of a threshold's neighbours may differ by less than they are rounded.
-        p_value = np.where(above, np.minimum(p_value, rate), np.maximum(p_value, np.nextafter(rate, 1)))
-        return Verdicts(p_value, above, float(threshold), float(rate), extrapolated=True)

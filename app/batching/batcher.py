@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self
 
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 Observe = Callable[[Lane[Any, Any], "BatchRecord"], None]
 
 _LONGEST_DUE_S = 1.0
+"""When a request is due at the latest that waits from now on, or a caller with much time would be put off until it has
+little.
+"""
 
 
 @dataclass(slots=True)
@@ -46,26 +49,34 @@ class BatchRecord:
     """One batch that ran: its rows, how long each of its requests had waited, and how long it ran, in seconds."""
 
     rows: int
-    waits_s: tuple[float, ...]
+    waits_s: Sequence[float]
     ran_s: float
     failed_rows: int
 
 
-@dataclass(eq=False, slots=True)
 class _Request(Waiting[Item, Result]):
     """A caller's items, and the future that it awaits; `unanswered` items have no result yet."""
 
-    answer: asyncio.Future[Answered[Result]]
-    enqueued_at: float
-    timeout_at: float
-    results: list[Result | None] = field(init=False)
-    unanswered: int = field(init=False)
-    started_at: float | None = field(default=None, init=False)
+    __slots__ = ("answer", "enqueued_at", "queued_s", "results", "timeout_at", "unanswered")
 
-    def __post_init__(self) -> None:
-        Waiting.__post_init__(self)  # super() does not work in a dataclass with slots
-        self.results = [None] * len(self.items)
-        self.unanswered = len(self.items)
+    def __init__(
+        self,
+        lane: Lane[Item, Result],
+        items: Sequence[Item],
+        caller: str,
+        priority: int,
+        due: float,
+        answer: asyncio.Future[Answered[Result]],
+        enqueued_at: float,
+        timeout_at: float,
+    ) -> None:
+        super().__init__(lane, items, caller, priority, due)
+        self.answer = answer
+        self.enqueued_at = enqueued_at
+        self.timeout_at = timeout_at
+        self.queued_s = 0.0  # until its first item left the queue
+        self.results: list[Result | None] = [None] * self.waiting
+        self.unanswered = self.waiting
 
 
 @dataclass(slots=True)
@@ -86,7 +97,8 @@ class Batcher:
     run. An executor's slot is given back by the executor alone, never by a waiter, and each request is resolved exactly
     once: with its results, or with the error of its first item that failed.
 
-    Open and close it with `async with`: closing answers whoever still waits, and waits for what runs.
+    Made on a running loop; opened and closed with `async with`: closing answers whoever still waits, and waits for
+    what runs.
 
     Args:
         executors: one per device, each with exactly one thread; the caller's own.
@@ -113,6 +125,7 @@ class Batcher:
         self._queue: FairQueue[_Request[Any, Any]] = FairQueue()
         self._dispatch_scheduled = False
         self._closed = False
+        self._loop = asyncio.get_running_loop()  # asked for once: each time costs a call of the kernel
         self._lost: Unavailable | None = None
         self._running: dict[int, list[Slice[_Request[Any, Any]]]] = {}  # by the executor's slot
         self._idle = asyncio.Event()
@@ -173,28 +186,26 @@ class Batcher:
         InferenceFailed naming the first item that failed.
         """
         self.check_room(lane, len(items))
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         now = loop.time()
         timeout_at = math.inf if timeout_s is None else now + timeout_s
-        request = _Request(
-            lane, items, caller, priority, self._due(timeout_at, now), loop.create_future(), now, timeout_at
-        )
+        due = min(timeout_at, now + _LONGEST_DUE_S)
+        request = _Request(lane, items, caller, priority, due, loop.create_future(), now, timeout_at)
         if timeout_s is not None:
             self._deadlines.add(request, timeout_at)
         self._queue.push(request)
-        self._schedule_dispatch(loop)
+        if self._free and not self._dispatch_scheduled:
+            # Not at once: requests that arrived in the same turn of the loop belong in the same batch.
+            self._dispatch_scheduled = True
+            loop.call_soon(self._dispatch)
         try:
             return await request.answer
         finally:
-            # Answered, failed, or the caller was cancelled: in each case nothing of it may stay in the queue.
-            self._withdraw(request)
-
-    @staticmethod
-    def _due(timeout_at: float, now: float) -> float:
-        """When a request is due that waits from now on: within a second, or a caller with much time would be put off
-        until it has little.
-        """
-        return min(timeout_at, now + _LONGEST_DUE_S)
+            # Answered, failed, or the caller was cancelled: in each case nothing of it may stay behind.
+            if timeout_s is not None:
+                self._deadlines.discard(request)
+            if request.waiting:
+                self._queue.discard(request)
 
     def check_room(self, lane: Lane[Any, Any], rows: int = 1) -> None:
         """Raises what `submit` would raise at once: for whoever would do work for nothing before it comes to that."""
@@ -220,23 +231,17 @@ class Batcher:
             return 1.0
         return min(60.0, max(1.0, math.ceil(self._queue.rows / self._rows_per_s)))
 
-    def _schedule_dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
-        # Not at once: requests that arrived in the same turn of the loop belong in the same batch.
-        if self._free and not self._dispatch_scheduled:
-            self._dispatch_scheduled = True
-            loop.call_soon(self._dispatch)
-
     def _dispatch(self) -> None:
         self._dispatch_scheduled = False
         while self._free and self._queue:
             self._start(self._queue.take())
 
     def _start(self, batch: list[Slice[_Request[Any, Any]]]) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         now = loop.time()
         for part in batch:
-            if part.request.started_at is None:
-                part.request.started_at = now
+            if not part.start:
+                part.request.queued_s = now - part.request.enqueued_at
         items = [item for part in batch for item in part.request.items[part.start : part.stop]]
         lane, slot = batch[0].request.lane, self._free.pop()
         try:
@@ -257,15 +262,15 @@ class Batcher:
         """Hands each request its rows; runs on the event loop, and frees the executor's slot, whatever happened."""
         self._free.append(slot)
         del self._running[slot]
-        rows = sum(map(len, batch))
+        rows = sum([part.stop - part.start for part in batch])
         try:
             outcome = done.result()
         except BaseException as error:  # noqa: BLE001  the executor itself failed: everyone in the batch is told
             outcome = _Outcome([error] * rows, 0.0, 0.0, None)
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         for part in batch:
             if part.request.waiting:
-                self._queue.give_way(part.request, self._due(part.request.timeout_at, now))
+                self._queue.give_way(part.request, min(part.request.timeout_at, now + _LONGEST_DUE_S))
         self._dispatch()  # before the answers: the executor works while they are written
         self._deliver(batch, outcome.results)
         if outcome.learnt_size is not None and outcome.learnt_size < lane.max_batch_size:
@@ -281,32 +286,28 @@ class Batcher:
             lane,
             BatchRecord(
                 rows=rows,
-                waits_s=tuple(self._queued_s(part.request) for part in batch if part.start == 0),
+                waits_s=[part.request.queued_s for part in batch if part.start == 0],
                 ran_s=ran_s,
                 failed_rows=sum(isinstance(result, BaseException) for result in outcome.results),
             ),
         )
 
     def _deliver(self, batch: list[Slice[_Request[Any, Any]]], results: list[Any]) -> None:
-        offset, now = 0, asyncio.get_running_loop().time()
+        offset, now = 0, self._loop.time()
         for part in batch:
-            request, count = part.request, len(part)
+            request, start, count = part.request, part.start, part.stop - part.start
             for index in range(count):
                 result = results[offset + index]
                 if isinstance(result, BaseException):
-                    self._fail_item(request, part.start + index, result)
+                    self._fail_item(request, start + index, result)
                     break
-                request.results[part.start + index] = result
+                request.results[start + index] = result
             else:
                 request.unanswered -= count
                 if not request.unanswered and not request.answer.done():
-                    ran_s = now - (request.started_at or request.enqueued_at)
-                    request.answer.set_result(Answered(request.results, self._queued_s(request), ran_s))
+                    ran_s = now - request.enqueued_at - request.queued_s
+                    request.answer.set_result(Answered(request.results, request.queued_s, ran_s))
             offset += count
-
-    @staticmethod
-    def _queued_s(request: _Request[Any, Any]) -> float:
-        return (request.started_at or request.enqueued_at) - request.enqueued_at
 
     def _fail_item(self, request: _Request[Any, Any], index: int, cause: BaseException) -> None:
         if isinstance(cause, DeviceLost):

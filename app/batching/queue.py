@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -28,7 +28,6 @@ class Lane(Generic[Item, Result]):
     row_bytes: int = 0
 
 
-@dataclass(eq=False, slots=True)
 class Waiting(Generic[Item, Result]):
     """One caller's items; `taken` of them have left the queue, `waiting` are still in it.
 
@@ -40,16 +39,16 @@ class Waiting(Generic[Item, Result]):
         due: lanes take turns by the earliest of these; any scale that grows with time.
     """
 
-    lane: Lane[Item, Result]
-    items: Sequence[Item]
-    caller: str
-    priority: int
-    due: float
-    taken: int = field(default=0, init=False)
-    waiting: int = field(init=False)
+    __slots__ = ("caller", "due", "items", "lane", "priority", "taken", "waiting")
 
-    def __post_init__(self) -> None:
-        self.waiting = len(self.items)
+    def __init__(self, lane: Lane[Item, Result], items: Sequence[Item], caller: str, priority: int, due: float) -> None:
+        self.lane = lane
+        self.items = items
+        self.caller = caller
+        self.priority = priority
+        self.due = due
+        self.taken = 0
+        self.waiting = len(items)
 
 
 WaitingT = TypeVar("WaitingT", bound=Waiting[Any, Any])
@@ -78,7 +77,7 @@ class FairQueue(Generic[WaitingT]):
     """
 
     def __init__(self) -> None:
-        self._lanes: dict[Lane[Any, Any], _LaneQueue[WaitingT]] = {}
+        self._lanes: dict[Lane[Any, Any], dict[int, _Level[WaitingT]]] = {}  # by lane and priority; none is empty
         self.rows = 0
         self.bytes = 0
 
@@ -86,102 +85,73 @@ class FairQueue(Generic[WaitingT]):
         return bool(self._lanes)
 
     def __iter__(self) -> Iterator[WaitingT]:
-        for lane in self._lanes.values():
-            yield from lane.requests()
+        for levels in self._lanes.values():
+            for level in levels.values():
+                for requests in level.callers.values():
+                    yield from requests
 
     def push(self, request: WaitingT) -> None:
         """Adds a request, none of whose items was taken yet."""
-        queue = self._lanes.get(request.lane)
-        if queue is None:
-            queue = self._lanes[request.lane] = _LaneQueue()
-        queue.push(request)
+        lane, priority = request.lane, request.priority
+        levels = self._lanes.get(lane)
+        if levels is None:
+            levels = self._lanes[lane] = {}
+        level = levels.get(priority)
+        if level is None:
+            level = levels[priority] = _Level()
+        level.push(request)
         self.rows += request.waiting
-        self.bytes += request.waiting * request.lane.row_bytes
+        self.bytes += request.waiting * lane.row_bytes
 
     def discard(self, request: WaitingT) -> None:
         """Takes what still waits of a request out; harmless when nothing does."""
-        lane = self._lanes.get(request.lane)
-        if lane is None or not request.waiting:
+        lane = request.lane
+        levels = self._lanes.get(lane)
+        if levels is None or not request.waiting:
             return
-        self._count_out(request, request.waiting)
-        lane.discard(request)
-        if not lane:
-            del self._lanes[request.lane]
+        self.rows -= request.waiting
+        self.bytes -= request.waiting * lane.row_bytes
+        request.taken += request.waiting
+        request.waiting = 0
+        level = levels[request.priority]
+        level.discard(request)
+        self._drop_if_empty(lane, request.priority, level)
 
     def take(self) -> list[Slice[WaitingT]]:
         """The next batch, at most its lane's `max_batch_size` rows; at least one row. Only when not empty."""
-        lane = min(self._lanes, key=lambda lane: self._lanes[lane].urgency())
-        queue = self._lanes[lane]
+        lane = next(iter(self._lanes)) if len(self._lanes) == 1 else min(self._lanes, key=self._urgency)
+        levels = self._lanes[lane]
         batch: list[Slice[WaitingT]] = []
-        room = max(1, lane.max_batch_size)
-        while room and queue:
-            request = queue.next()
-            count = min(room, request.waiting)
-            batch.append(Slice(request, request.taken, request.taken + count))
-            self._count_out(request, count)
-            queue.served(request, count)
-            room -= count
-        if not queue:
-            del self._lanes[lane]
+        most = room = max(1, lane.max_batch_size)
+        while room and levels:
+            priority = max(levels)
+            level = levels[priority]
+            room = level.take(room, batch)
+            self._drop_if_empty(lane, priority, level)
+        self.rows -= most - room
+        self.bytes -= (most - room) * lane.row_bytes
         return batch
 
     def give_way(self, request: WaitingT, due: float) -> None:
         """Puts what is left of a request behind the others of its caller, and its lane behind lanes due before `due`;
         called once its batch has run.
         """
-        lane = self._lanes.get(request.lane)
-        if lane is not None and request.waiting:
-            lane.give_way(request, due)
+        levels = self._lanes.get(request.lane)
+        if levels is not None and request.waiting:
+            levels[request.priority].give_way(request, due)
 
-    def _count_out(self, request: WaitingT, count: int) -> None:
-        request.taken += count
-        request.waiting -= count
-        self.rows -= count
-        self.bytes -= count * request.lane.row_bytes
+    def _urgency(self, lane: Lane[Any, Any]) -> tuple[int, float]:
+        """The smaller, the sooner the lane is next."""
+        levels = self._lanes[lane]
+        highest = max(levels)
+        return -highest, levels[highest].earliest_due()
 
-
-class _LaneQueue(Generic[WaitingT]):
-    """One lane's requests by priority."""
-
-    def __init__(self) -> None:
-        self._levels: dict[int, _Level[WaitingT]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._levels)
-
-    def requests(self) -> Iterator[WaitingT]:
-        for level in self._levels.values():
-            for requests in level.callers.values():
-                yield from requests
-
-    def urgency(self) -> tuple[int, float]:
-        """The smaller, the sooner this lane is next."""
-        highest = max(self._levels)
-        return -highest, self._levels[highest].earliest_due()
-
-    def push(self, request: WaitingT) -> None:
-        level = self._levels.get(request.priority)
-        if level is None:
-            level = self._levels[request.priority] = _Level()
-        level.push(request)
-
-    def next(self) -> WaitingT:
-        return self._levels[max(self._levels)].next()
-
-    def served(self, request: WaitingT, count: int) -> None:
-        self._levels[request.priority].served(request, count)
-        self._drop_if_empty(request.priority)
-
-    def discard(self, request: WaitingT) -> None:
-        self._levels[request.priority].discard(request)
-        self._drop_if_empty(request.priority)
-
-    def give_way(self, request: WaitingT, due: float) -> None:
-        self._levels[request.priority].give_way(request, due)
-
-    def _drop_if_empty(self, priority: int) -> None:
-        if not self._levels[priority].callers:
-            del self._levels[priority]
+    def _drop_if_empty(self, lane: Lane[Any, Any], priority: int, level: _Level[WaitingT]) -> None:
+        if not level.callers:
+            levels = self._lanes[lane]
+            del levels[priority]
+            if not levels:
+                del self._lanes[lane]
 
 
 class _Level(Generic[WaitingT]):
@@ -204,14 +174,37 @@ class _Level(Generic[WaitingT]):
             self._advance(request.caller, self._now)
         requests[request] = None
         self._size += 1
-        self._push_due(request)
-
-    def _push_due(self, request: WaitingT) -> None:
         heapq.heappush(self._due, (request.due, next(self._counter), request))
         if len(self._due) > 2 * self._size + 64:
             # One that waits long at the top must not keep all that came and went below it.
             self._due = [entry for entry in self._due if self._is_current(entry)]
             heapq.heapify(self._due)
+
+    def take(self, room: int, batch: list[Slice[WaitingT]]) -> int:
+        """Adds rows to the batch, at most `room`, callers taking turns; returns the room that is left."""
+        while room and self.callers:
+            caller, time = self._least_served()
+            requests = self.callers[caller]
+            is_alone = len(self.callers) == 1
+            while True:
+                self._now = time
+                request = next(iter(requests))
+                start, count = request.taken, min(room, request.waiting)
+                batch.append(Slice(request, start, start + count))
+                request.taken = start + count
+                request.waiting -= count
+                room -= count
+                time += count
+                if not request.waiting:
+                    del requests[request]
+                    self._size -= 1
+                if not (is_alone and room and requests):  # who is alone need not take turns
+                    break
+            if requests:
+                self._advance(caller, time)
+            else:
+                self._forget(caller)
+        return room
 
     def earliest_due(self) -> float:
         while not self._is_current(self._due[0]):
@@ -226,32 +219,26 @@ class _Level(Generic[WaitingT]):
         self.callers[request.caller].move_to_end(request)
         if due > request.due:
             request.due = due
-            self._push_due(request)
-
-    def next(self) -> WaitingT:
-        """The first request of the caller who was served least."""
-        while True:
-            time, _, caller = self._order[0]
-            if self._served.get(caller) == time:
-                self._now = time
-                return next(iter(self.callers[caller]))
-            heapq.heappop(self._order)
-
-    def served(self, request: WaitingT, count: int) -> None:
-        """Counts rows of a request as served, and drops the request if they were its last."""
-        time = self._served[request.caller] + count
-        if not request.waiting:
-            self.discard(request)
-        if request.caller in self.callers:
-            self._advance(request.caller, time)
+            heapq.heappush(self._due, (due, next(self._counter), request))
 
     def discard(self, request: WaitingT) -> None:
         requests = self.callers[request.caller]
         del requests[request]
         self._size -= 1
         if not requests:
-            del self.callers[request.caller]
-            del self._served[request.caller]
+            self._forget(request.caller)
+
+    def _least_served(self) -> tuple[str, float]:
+        """The caller who was served least, and how much, in virtual time."""
+        while True:
+            time, _, caller = self._order[0]
+            if self._served.get(caller) == time:
+                return caller, time
+            heapq.heappop(self._order)
+
+    def _forget(self, caller: str) -> None:
+        del self.callers[caller]
+        del self._served[caller]
 
     def _advance(self, caller: str, time: float) -> None:
         self._served[caller] = time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,12 +13,13 @@ from pydantic import BaseModel, Field
 
 from app.api.dependencies import Model
 from app.api.routing import InferenceRouter, ItemsQuery, Results
-from app.artifacts.calibration import Calibration, RateTooFine, Verdicts
+from app.artifacts.calibration import Calibration, RateTooFine, Rule, Verdicts
 from app.artifacts.manifest import CalibrationEntry, Capability
 from app.capabilities.heatmap import boxes_above, overlays
 from app.codecs.images import encode_png
 from app.codecs.items import Items
 from app.errors import CapabilityNotSupported, InvalidParameter, NotAcceptable
+from app.served_model import ServedModel
 
 router = InferenceRouter(tags=["inference"])
 
@@ -92,30 +94,25 @@ class Verdict(BaseModel):
 @router.items("/anomaly-score", capability=Capability.ANOMALY_SCORE, answers=Verdict, query=AnomalyQuery)
 async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Results:
     """Score each item against held-out normal data and decide at the false-positive rate that you choose."""
-    calibration, entry = _calibration(model)
-    judge = _judge(calibration, entry, query)
-    manifest = model.manifest
-    outputs, places = await _outputs(items, model, with_map=_wants_map(model, query))
+    served = model.served
+    manifest = served.manifest
+    decision = served.remembered(_Decision, query, model.shows_picture)
+    if decision.with_map:
+        outputs, places = await _with_places(items, model)
+    else:
+        outputs, places = await model.run(Capability.ANOMALY_SCORE, items.values), None
     scores = outputs[0] if manifest.fusion is None else manifest.fusion.fuse(outputs[1])  # (n,)
-    verdicts = judge(scores)
-    model.served.p_values.add(verdicts.p_value)
-    count, names = len(items), manifest.components
+    verdicts = decision.judge(scores)
+    served.p_values.add(verdicts.p_value)
+    names = manifest.components
     columns: dict[str, Any] = {
         "score": scores,
         "p_value": verdicts.p_value,
         "is_anomaly": verdicts.is_anomaly,
-        "components": [dict(zip(names, parts, strict=True)) for parts in outputs[1]] if names else [{}] * count,
+        "components": [dict(zip(names, parts, strict=True)) for parts in outputs[1]] if names else [{}] * len(scores),
     }
-    shared = {
-        # As wide as the scores: written in decimal, both still compare as they did.
-        "threshold": np.float32(verdicts.threshold),
-        "target_fpr": verdicts.target_fpr,
-        "calibration_id": entry.id,
-        "extrapolated": verdicts.extrapolated,
-    }
-    main = np.empty((count, 2))  # float64
-    main[:, 0], main[:, 1] = scores, verdicts.p_value
-    results = Results(columns, main=main, shared=shared)
+    shared = decision.shared or _shared(verdicts, decision.entry)
+    results = Results(columns, main=lambda: np.stack([scores.astype(np.float64), verdicts.p_value], 1), shared=shared)
     if places is None:
         return results
     if manifest.input.picture is None:
@@ -124,12 +121,8 @@ async def anomaly_score(items: Items, model: Model, query: AnomalyQuery) -> Resu
     return _with_maps(results, items, model, query, places[:, 0])
 
 
-async def _outputs(
-    items: Items, model: Model, *, with_map: bool
-) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32] | None]:
-    """What the artifact says of the items, and its map of them where it is wanted, both waiting at once."""
-    if not with_map:
-        return await model.run(Capability.ANOMALY_SCORE, items.values), None
+async def _with_places(items: Items, model: Model) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32]]:
+    """What the artifact says of the items, and its map of them, both waiting at once."""
     try:
         async with asyncio.TaskGroup() as group:
             scoring = group.create_task(model.run(Capability.ANOMALY_SCORE, items.values))
@@ -141,7 +134,7 @@ async def _outputs(
 
 async def heatmaps(items: Items, model: Model) -> NDArray[np.float32]:
     """Where each item is unusual, (n, *mask_shape): 0 is typical, few normal items exceed 1 anywhere."""
-    scale = _calibration(model)[1].map
+    scale = _calibration(model.served)[1].map
     if scale is None:
         raise RuntimeError(f"{model}: anomaly_map without a scale got past the manifest")
     (values,) = await model.run(Capability.ANOMALY_MAP, items.values)
@@ -149,54 +142,69 @@ async def heatmaps(items: Items, model: Model) -> NDArray[np.float32]:
     return np.asarray((values - np.float32(scale.typical)) / unit, dtype=np.float32)
 
 
-def _calibration(model: Model) -> tuple[Calibration, CalibrationEntry]:
-    calibration, entry = model.calibration, model.manifest.calibration
+class _Decision:
+    """How a model's items are judged as a query asks for it: the same for all requests that ask so.
+
+    Raises InvalidParameter for rates that nothing supports, and what `_wants_map` does.
+    """
+
+    def __init__(self, served: ServedModel, query: AnomalyQuery, shows_picture: bool) -> None:
+        calibration, self.entry = _calibration(served)
+        self.shared: dict[str, Any] | None = None  # what every item's answer has alike, if no item has a say in it
+        if query.fdr is None:
+            rule = _rule(calibration, self.entry, query.target_fpr)
+            self.judge = rule.judge
+            self.shared = _shared(rule, self.entry)
+        elif query.target_fpr is not None:
+            raise InvalidParameter("fdr: expected either fdr or target_fpr, found both")
+        else:
+            self.judge = partial(calibration.discoveries, fdr=query.fdr)
+        self.with_map = _wants_map(served, query, shows_picture=shows_picture)
+
+
+def _shared(decided: Rule | Verdicts, entry: CalibrationEntry) -> dict[str, Any]:
+    return {
+        # As wide as the scores: written in decimal, both still compare as they did.
+        "threshold": np.float32(decided.threshold),
+        "target_fpr": decided.target_fpr,
+        "calibration_id": entry.id,
+        "extrapolated": decided.extrapolated,
+    }
+
+
+def _calibration(served: ServedModel) -> tuple[Calibration, CalibrationEntry]:
+    calibration, entry = served.calibration, served.manifest.calibration
     if calibration is None or entry is None:
-        raise RuntimeError(f"{model}: anomaly_score without a calibration got past the manifest")
+        raise RuntimeError(f"{served}: anomaly_score without a calibration got past the manifest")
     return calibration, entry
 
 
-def _judge(calibration: Calibration, entry: CalibrationEntry, query: AnomalyQuery) -> Any:
-    """From scores to verdicts. Raises InvalidParameter for rates that nothing supports, before anything runs."""
-    if query.fdr is not None:
-        if query.target_fpr is not None:
-            raise InvalidParameter("fdr: expected either fdr or target_fpr, found both")
-        fdr = query.fdr
-        return lambda scores: calibration.discoveries(scores, fdr)
-    target_fpr = entry.default_target_fpr if query.target_fpr is None else query.target_fpr
-    if target_fpr < calibration.finest_target_fpr and calibration.tail is None:
-        raise _too_fine(target_fpr, len(calibration.scores))
-
-    def judge(scores: NDArray[np.float32]) -> Verdicts:
-        try:
-            return calibration.verdicts(scores, target_fpr)
-        except RateTooFine as error:
-            raise _too_fine(target_fpr, len(calibration.scores)) from error
-
-    return judge
+def _rule(calibration: Calibration, entry: CalibrationEntry, target_fpr: float | None) -> Rule:
+    rate = entry.default_target_fpr if target_fpr is None else target_fpr
+    try:
+        return calibration.rule(rate)
+    except RateTooFine as error:
+        count = len(calibration.scores)
+        raise InvalidParameter(
+            f"target_fpr: {count} calibration scores support rates down to 1/{count + 1} = {1 / (count + 1):.3g}, "
+            f"found {rate:g}"
+        ) from error
 
 
-def _too_fine(target_fpr: float, count: int) -> InvalidParameter:
-    return InvalidParameter(
-        f"target_fpr: {count} calibration scores support rates down to 1/{count + 1} = {1 / (count + 1):.3g}, "
-        f"found {target_fpr:g}"
-    )
-
-
-def _wants_map(model: Model, query: AnomalyQuery) -> bool:
+def _wants_map(served: ServedModel, query: AnomalyQuery, *, shows_picture: bool) -> bool:
     """Whether the map is to be computed. Raises InvalidParameter or CapabilityNotSupported where there is none."""
-    able = Capability.ANOMALY_MAP in model.manifest.capabilities
+    able = Capability.ANOMALY_MAP in served.manifest.capabilities
     wanted = query.heatmap not in ("none", "false") or query.boxes
-    if model.manifest.input.picture is None:
+    if served.manifest.input.picture is None:
         if wanted:
             name = "boxes" if query.boxes else "heatmap"
             raise InvalidParameter(f"{name}: this model takes records, whose contributions every answer has")
         return able
     if wanted and not able:
-        raise CapabilityNotSupported(f"{model} has no map of where a picture is unusual")
-    if model.shows_picture and not able:
-        raise NotAcceptable(f"accept: expected application/json or application/x-npy: {model} has no map to show")
-    return wanted or model.shows_picture
+        raise CapabilityNotSupported(f"{served} has no map of where a picture is unusual")
+    if shows_picture and not able:
+        raise NotAcceptable(f"accept: expected application/json or application/x-npy: {served} has no map to show")
+    return wanted or shows_picture
 
 
 def _with_maps(results: Results, items: Items, model: Model, query: AnomalyQuery, maps: NDArray[np.float32]) -> Results:

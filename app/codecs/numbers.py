@@ -40,15 +40,25 @@ def parse_rows(
             lengths = shape
         else:
             return None
-        if not rows or not all(_is_nested(row, lengths) for row in instances):
+        for row in instances:
+            if not _is_nested(row, lengths):
+                return None
+        if not rows:
             return None
         numbers = np.frombuffer(instances.as_buffer(of_type="d"))
     except (ValueError, TypeError, KeyError, RuntimeError):
         return None
+    return numbers.astype(np.float32).reshape(rows, *shape) if _are_within(numbers, value_range) else None
+
+
+def _are_within(numbers: NDArray[np.float64], value_range: tuple[float, float] | None) -> bool:
+    """Whether all numbers lie in the range; of −0.0 it may say no."""
     low, high = value_range or (-_LARGEST, _LARGEST)
-    if low <= np.minimum.reduce(numbers) and np.maximum.reduce(numbers) <= high:
-        return numbers.astype(np.float32).reshape(rows, *shape)
-    return None
+    if low == 0:
+        # One look instead of two: as integers, the bits of floats from 0 on rise as they do, below those of negative
+        # ones and NaN.
+        return bool(np.maximum.reduce(numbers.view(np.uint64)) <= np.float64(high).view(np.uint64))
+    return bool(low <= np.minimum.reduce(numbers) and np.maximum.reduce(numbers) <= high)
 
 
 def _lists(shape: tuple[int, ...]) -> int:

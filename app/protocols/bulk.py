@@ -84,7 +84,7 @@ def _handler(route: ItemsRoute) -> Handler:
         for name in query.of_whole_request:
             if getattr(query, name) is not None:
                 raise errors.InvalidParameter(f"{name}: judges all items of a request together; a stream has no end")
-        terms = read_terms(scope, headers, settings)
+        terms = read_terms(scope, headers, settings, services_of(request).loop)
         inflater = Inflater(headers.get(b"content-encoding", b"").decode("latin-1"))
         media_type, parameters = parse_content_type(headers.get(b"content-type", b"").decode("latin-1"))
         counted = services_of(request).metrics.inference(served.manifest.name, served.manifest.version)

@@ -110,8 +110,8 @@ class ChunkAnswerer:
 
     def _terms(self) -> Terms:
         """Terms whose time begins now."""
-        now = asyncio.get_running_loop().time()
-        return Terms(self.timeout_ms, now + self.timeout_ms / 1000, self.caller, self.priority)
+        loop = asyncio.get_running_loop()
+        return Terms(loop, self.timeout_ms, loop.time() + self.timeout_ms / 1000, self.caller, self.priority)
 
     async def _decode(
         self, items: Sequence[StreamItem], start: int, terms: Terms
@@ -142,13 +142,13 @@ class ChunkAnswerer:
 
     async def _rows(self, items: Items, indexes: list[int]) -> list[Answer]:
         """Each item's answer, or the error that is its own; a chunk that fails is halved until it stands alone."""
-        loop, terms = asyncio.get_running_loop(), self._terms()
+        terms = self._terms()
         while True:
             try:
                 results = await self.route.endpoint(items, Model(self.served, terms), self.query)
                 return [*result_rows(results, self.served.manifest.input, as_png=self.query.images == "png")]
             except errors.QueueFull as error:
-                if loop.time() + error.retry_after_s >= terms.deadline:
+                if terms.loop.time() + error.retry_after_s >= terms.deadline:
                     return [errors.QueueFull(f"item {index}: {error}") for index in indexes]
                 await asyncio.sleep(_RETRY_S)
             except _BY_ITEM as error:

@@ -12,7 +12,7 @@ import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -74,7 +74,7 @@ class Output(TensorEntry):
         if self.column in results.columns:
             return np.asarray(results.columns[self.column])
         if self.column in results.shared:
-            return np.full(len(results.main), results.shared[self.column])
+            return np.full(len(results), results.shared[self.column])
         return np.asarray([row[self.column] for row in results.columns["components"]])
 
 
@@ -128,12 +128,12 @@ async def infer(request: Request) -> Response:
     scope, services = request.scope, services_of(request)
     headers, settings = headers_of(scope), services.settings
     served = find_model(request)
-    terms = read_terms(scope, headers, settings)
+    terms = read_terms(scope, headers, settings, services.loop)
     counted = services.metrics.inference(served.manifest.name, served.manifest.version)
     with counted:
         started = time.perf_counter()
         with InFlight(services.deadlines, scope, terms) as in_flight:
-            body = await read_body(request.receive, headers, settings.max_body_bytes)
+            body = await read_body(request, headers, settings.max_body_bytes)
             in_flight.body_is_read(request.receive)
             wants_json = headers.get(b"accept", b"").startswith(b"application/json")
             found = _read(body, headers, served, as_json=wants_json)
@@ -161,7 +161,7 @@ async def infer(request: Request) -> Response:
         counted.items = len(tensors[0][0].values)
         counted.decode_s, counted.encode_s = decoded - started, time.perf_counter() - ran
     response.raw_headers += [
-        (b"x-model", str(model).encode()),
+        (b"x-model", served.name_header),
         (b"server-timing", model.server_timing(counted.decode_s, counted.encode_s)),
     ]
     return response
@@ -234,9 +234,8 @@ def _terms_of(found: InferRequest, terms: Terms) -> Terms:
             )
         deadline = min(deadline, terms.deadline - terms.timeout_ms / 1e3 + timeout / 1e6)
         timeout_ms = min(timeout_ms, math.ceil(timeout / 1000))
-    return Terms(
-        timeout_ms, deadline, terms.caller, max(0, MAX_PRIORITY + 1 - priority) if priority else terms.priority
-    )
+    priority = max(0, MAX_PRIORITY + 1 - priority) if priority else terms.priority
+    return replace(terms, timeout_ms=timeout_ms, deadline=deadline, priority=priority)
 
 
 def _unsigned(found: InferRequest, name: str) -> int:

@@ -99,8 +99,9 @@ async def _document(request: Request) -> Any:
     """The JSON of a body, an empty object for none. Raises MalformedPayload, PayloadTooLarge and DeadlineExceeded."""
     services, headers = services_of(request), headers_of(request.scope)
     settings = services.settings
-    with InFlight(services.deadlines, request.scope, read_terms(request.scope, headers, settings)):
-        body = await read_body(request.receive, headers, settings.max_body_bytes)
+    terms = read_terms(request.scope, headers, settings, services.loop)
+    with InFlight(services.deadlines, request.scope, terms):
+        body = await read_body(request, headers, settings.max_body_bytes)
     return parse_json(body.data) if body.data.strip() else {}
 
 
