@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from quality.models import saved_results
-from quality.parts import PARTS, Row
+from quality.parts import PARTS, TRIED, Row
 
 RESULTS = Path("docs/quality.json")
 TABLE = Path("docs/quality.md")
@@ -77,6 +77,10 @@ def table(results: dict[str, Any]) -> str:
             notes.append(f"- {row.measure}: {row.protocol}.")
     lines += [
         "",
+        "## Goals not reached",
+        "",
+        *goals_not_reached(results),
+        "",
         "## Protocols",
         "",
         *notes,
@@ -93,6 +97,21 @@ def table(results: dict[str, Any]) -> str:
         else:
             lines.append(f"| {name} | not yet | – | – |")
     return "\n".join(lines) + "\n"
+
+
+def goals_not_reached(results: dict[str, Any]) -> list[str]:
+    """For each part how far its figures are from their goals, and what was tried."""
+    lines = []
+    for name in PARTS:
+        rows = [Row(**row) for row in results.get(name, {"rows": []})["rows"]]
+        short = [
+            f"{row.measure} {number(abs(row.value - float(row.goal.split()[1])))}{' ' + row.unit if row.unit else ''}"
+            for row in rows
+            if row.reached is False and row.goal[0] in "≤≥"
+        ]
+        if short:
+            lines.append(f"- `{name}`, missing: {'; '.join(short)}. {TRIED[name]}")
+    return lines
 
 
 def number(value: float) -> str:

@@ -175,8 +175,9 @@ def denoising() -> list[Row]:
     filled = psnr_inside_db(exported.run(Capability.INPAINT, few, mask), few, mask)
     biharmonic = figures.biharmonic_psnr(few, mask)
     rows.append(
-        Row("inpainting a 12×12 hole, PSNR in it", filled, "dB", "above biharmonic", "+5 dB", filled > biharmonic,
-            filled >= biharmonic + 5, {"biharmonic": biharmonic}, f"first {CLASSICAL_PICTURES} test pictures")
+        Row("inpainting a 12×12 hole, PSNR in it", filled, "dB", "above biharmonic", f"≥ {biharmonic + 5:.2f} (+5)",
+            filled > biharmonic, filled >= biharmonic + 5, {"biharmonic": biharmonic},
+            f"first {CLASSICAL_PICTURES} test pictures")
     )  # fmt: skip
     return rows
 
@@ -358,3 +359,22 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "peers": peers,
 }
 """By the name that `make quality PART=` takes; each ends within an hour on two cores."""
+
+TRIED: dict[str, str] = {
+    "dense": "784-1000-500-250-32 in bfloat16, 40 epochs, gave .0061 on the test pictures; 784-448-192-32 in float32, "
+    "45 epochs, gave this. A wide network in float32 was not tried.",
+    "neighbours": "One network of 500 and 250 units, 10 epochs; nothing but reconstruction was tried, neither labels "
+    "nor a loss that keeps neighbours together.",
+    "neighbours-32": "The network of `dense` as it is; nothing was tried for this figure.",
+    "likelihood": "Warm-up of the KL term, averaged weights and 70 epochs came from pilots. Convolutions, a second "
+    "layer of latent numbers or a richer posterior were not tried.",
+    "denoising": "10 epochs gave 20.70 dB at σ .5; they were made 14. A wider network was not tried.",
+    "probe": "Weight decay of the classifier, on validation; the network itself is the preset as it is.",
+    "samples": "One, two and four components for each digit with wider and rounder spreads, on validation: what makes "
+    "a classifier surer brings samples closer to training pictures.",
+    "families": "Most presets are trained here for few epochs, so that all end within the hour.",
+    "speed": "Batches are gathered by whole rows, the error is one operation, and no features are computed that no "
+    "constant needs. Two thirds of what is left are matrix products; larger batches or bfloat16 would be another "
+    "training.",
+}
+"""Towards the goals that are not reached, by part."""

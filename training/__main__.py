@@ -268,14 +268,15 @@ def models_command(
 @app.command("list")
 def list_command() -> None:
     """Show every preset: what it is for, what its artifacts can do, where it comes from, what to expect of it."""
-    table = Table(title="Presets", caption="Figures: MNIST test pictures, the preset's own settings.")
-    table.add_column("preset", no_wrap=True)
-    for heading in ("for", "takes", "capabilities", "source", "expected"):
-        table.add_column(heading, overflow="fold")
     for preset in PRESETS.values():
-        can = ", ".join(preset.capabilities)
-        table.add_row(preset.name, preset.purpose, ", ".join(preset.takes), can, preset.source, preset.expected)
-    console.print(table)
+        console.print(f"[bold]{preset.name}[/bold]: {preset.purpose}", highlight=False)
+        about = Table.grid(padding=(0, 1), pad_edge=True)  # a line for each: columns of six would be too narrow
+        about.add_row("  takes", ", ".join(preset.takes))
+        about.add_row("  can", ", ".join(preset.capabilities))
+        about.add_row("  source", preset.source)
+        about.add_row("  expected", preset.expected)
+        console.print(about, highlight=False)
+    console.print("Expected: on MNIST's test pictures, at the preset's own settings where no others are named.")
     console.print("python -m training train PRESET --data digits --name NAME", highlight=False, soft_wrap=True)
 
 
