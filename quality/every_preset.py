@@ -30,7 +30,7 @@ from training.data import load_dataset
 from training.dataset import Dataset, to_float
 from training.errors import TrainingError
 from training.export import ExportedModule
-from training.presets import PRESETS, override
+from training.presets import PRESETS, Preset, override
 from training.progress import Silent
 from training.run import check_fits, make_artifact, open_artifact, verify_artifact
 
@@ -109,7 +109,7 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> 
 def largest_difference(client: httpx.Client, artifact: Artifact, items: Tensor) -> float:
     """Between the answers over HTTP and the exported module's, over all methods and batch sizes.
 
-    Of records in units of each number's size: features have units of their own.
+    Of records and latent vectors in units of each number's size: they have units of their own.
     """
     exported = ExportedModule(artifact.model)
     mask = (torch.arange(items[0, :1].numel()) % 3 == 0).float().view(items[0, :1].shape)
@@ -134,7 +134,8 @@ def largest_difference(client: httpx.Client, artifact: Artifact, items: Tensor) 
             if answer.status_code != 200:
                 raise RuntimeError(f"{artifact.ref} {capability}: {answer.status_code}: {answer.text[:300]}")
             found = np.array([result[field] for result in answer.json()["results"]])
-            scale = np.maximum(1, np.abs(expected).max(0)) if items.dim() == 2 else 1
+            own_units = items.dim() == 2 or capability == Capability.ENCODE
+            scale = np.maximum(1, np.abs(expected).max(0)) if own_units else 1
             worst = max(worst, float((np.abs(found - expected[:size]) / scale).max()))
     if Capability.SAMPLE in artifact.manifest.capabilities:
         drawn = {"count": 2, "seed": 1} | ({"label": artifact.manifest.labels[-1]} if artifact.manifest.labels else {})
@@ -161,7 +162,7 @@ def refused(preset_name: str, dataset: Dataset) -> str:
 
 
 def main() -> None:
-    """Trains, verifies, serves, and prints a table; ends with an error at the first thing that is wrong."""
+    """Trains, verifies, serves, and prints a table; in the end an error if anything was wrong."""
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,38 +170,54 @@ def main() -> None:
         photos = load_dataset(str(photo_folder(folder / "photos")), folder)
         records = load_dataset(str(record_file(folder / "records.csv")), folder)
         datasets = {"digits": load_dataset("digits", folder), "photos": photos, "records": records}
-        table = Table(title=f"Every preset, at most {minutes:g} minutes each")
-        for heading in ("preset", "data", "outcome", "largest difference over HTTP"):
-            table.add_column(heading)
+        outcomes: dict[tuple[str, str], tuple[str, str]] = {}
         made: list[tuple[str, str, str]] = []
         for preset in PRESETS.values():
             for data, dataset in datasets.items():
                 if kind_of(dataset.item_shape) not in preset.takes:
-                    table.add_row(preset.name, data, f"refused: {refused(preset.name, dataset)}", "")
+                    outcomes[preset.name, data] = (f"refused: {refused(preset.name, dataset)}", "")
                     continue
                 name = f"{preset.name}-{data}"
-                make_artifact(
-                    override(preset, ["optimisation.epochs=1000"]),
-                    dataset,
-                    name=name,
-                    store=folder / "store",
-                    seed=0,
-                    device=torch.device("cpu"),
-                    progress=Silent(),
-                    max_minutes=minutes,
-                )
-                if not all(d.within_tolerance for d in verify_artifact(open_artifact(name, folder / "store"))):
-                    raise RuntimeError(f"{name}: does not pass its self-test")
+                try:
+                    train_and_verify(preset, dataset, name, folder / "store", minutes)
+                except (TrainingError, RuntimeError) as error:
+                    outcomes[preset.name, data] = (f"WRONG: {error}", "")
+                    continue
                 console.print(f"{name}: trained and verified")
                 made.append((preset.name, data, name))
         with served(folder / "store") as client:
             for preset_name, data, name in made:
                 items = to_float(datasets[data].items[: max(BATCH_SIZES)])
-                difference = largest_difference(client, open_artifact(name, folder / "store"), items)
-                if difference > TOLERANCE:
-                    raise RuntimeError(f"{name}: answers over HTTP differ by {difference:.2g}")
-                table.add_row(preset_name, data, "trained, verified, served", f"{difference:.1g}")
-        console.print(table)
+                try:
+                    difference = largest_difference(client, open_artifact(name, folder / "store"), items)
+                    outcome = "trained, verified, served" if difference <= TOLERANCE else "WRONG: differs over HTTP"
+                    outcomes[preset_name, data] = (outcome, f"{difference:.1g}")
+                except RuntimeError as error:
+                    outcomes[preset_name, data] = (f"WRONG: {error}", "")
+    table = Table(title=f"Every preset, at most {minutes:g} minutes each")
+    for heading in ("preset", "data", "outcome", "largest difference over HTTP"):
+        table.add_column(heading)
+    for preset in PRESETS.values():
+        for data in datasets:
+            table.add_row(preset.name, data, *outcomes[preset.name, data])
+    console.print(table)
+    sys.exit(any(outcome.startswith("WRONG") for outcome, _ in outcomes.values()))
+
+
+def train_and_verify(preset: Preset, dataset: Dataset, name: str, store: Path, minutes: float) -> None:
+    """Makes an artifact. Raises TrainingError, and RuntimeError if it does not pass its self-test."""
+    make_artifact(
+        override(preset, ["optimisation.epochs=1000"]),
+        dataset,
+        name=name,
+        store=store,
+        seed=0,
+        device=torch.device("cpu"),
+        progress=Silent(),
+        max_minutes=minutes,
+    )
+    if not all(d.within_tolerance for d in verify_artifact(open_artifact(name, store))):
+        raise RuntimeError("does not pass its self-test")
 
 
 if __name__ == "__main__":

@@ -310,8 +310,10 @@ def export(
         for batch_size in CHECKED_BATCH_SIZES:
             outputs = exported.outputs(method, *inputs, batch_size=batch_size)
             for found, wanted in zip(outputs, [expected] if isinstance(expected, Tensor) else expected, strict=True):
-                # Records have units of their own: float32 keeps so many digits of a feature, whatever its size.
-                scale = wanted.abs().amax(0).clamp_min(1) if items.dim() == 2 else torch.ones(())
+                # Records have units of their own, and so have codes that no training scales (of ReLU units, say):
+                # float32 keeps so many digits of a number, whatever its size.
+                own_units = items.dim() == 2 or method is Capability.ENCODE
+                scale = wanted.abs().amax(0).clamp_min(1) if own_units else torch.ones(())
                 if method is Capability.ANOMALY_SCORE:
                     # Evidence grows without bound, and is steep where normal items hardly differ.
                     scale = 5 * wanted.abs().clamp_min(1)

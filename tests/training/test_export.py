@@ -23,7 +23,7 @@ from training.export import (
     signatures,
 )
 from training.noise import generator
-from training.presets import Preset, build_network
+from training.presets import Preset, build_network, get_preset
 from training.scores import Scorer
 
 
@@ -107,6 +107,17 @@ def test_a_batch_dependent_network_is_refused(items: torch.Tensor) -> None:
 
     with pytest.raises(TrainingError, match=r"export: encode in batches of 1: .* a difference of"):
         export(BatchDependent(), items, generator(0, "check"))
+
+
+def test_large_codes_are_compared_by_their_size(items: torch.Tensor) -> None:
+    """Codes of any scale are exported: float32 keeps digits of a number, not places behind the point."""
+    network = build_network(get_preset("basic-tutorial"), (1, 8, 8), 0)
+    code, back = network.bottleneck.code, network.bottleneck.out
+    with torch.no_grad():
+        code.weight.mul_(1e4)
+        back.weight.div_(1e4)
+    exported = ExportedModule(export(network, items, generator(0, "check")))
+    assert float(exported.run(Capability.ENCODE, items).max()) > 100
 
 
 def test_bytes_that_are_no_module_are_refused() -> None:
