@@ -311,6 +311,21 @@ _ALL = (
         scoring=Scoring(("companion", "restoration", "pathway"), directions=512, sigma=0.5, draws=4),
     ),
     Preset(
+        name="several-kinds",
+        purpose="scores where normal items are of several kinds; the networks of one-class, nearness to normal items",
+        source="nearest normal items at unit norm, with RaPP (Kim et al. 2020), fused by tail probabilities",
+        expected="not measured yet",
+        architecture=Mlp((1024, 512)),
+        bottleneck=Paired(64),
+        optimisation=Optimisation(
+            epochs=20, learning_rate=2e-3, weight_decay=1e-2, ema_decay=0.999, clip_norm=1.0, bfloat16=True
+        ),
+        corruption=Corruption(gaussian_sigma_max=0.7),
+        scoring=Scoring(
+            ("likeness", "answer_likeness", "companion"), weights=(2.0, 2.0, 1.0), directions=512, neighbours=10_000
+        ),
+    ),
+    Preset(
         name="inspection",
         purpose="finds defects, and where they are, in pictures of parts; learns from good ones alone",
         source="RIAD (Zavrtanik et al. 2021) with made-up defects as in DRAEM and CutPaste, on the U-Net",
@@ -318,7 +333,7 @@ _ALL = (
         architecture=UNet((32, 64)),
         bottleneck=Surroundings(),
         optimisation=Optimisation(
-            epochs=60,
+            epochs=20,
             batch_size=8,
             learning_rate=1.2e-3,
             warmup_fraction=0.05,
@@ -327,7 +342,7 @@ _ALL = (
             clip_norm=1.0,
             bfloat16=True,
         ),
-        scoring=Scoring(("local",), local_share=0.002, windows=(3, 9)),
+        scoring=Scoring(("patches", "local"), weights=(4.0, 1.0), local_share=0.002, windows=(3, 9)),
         max_batch_size=16,
     ),
     Preset(

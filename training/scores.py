@@ -21,7 +21,19 @@ from training.dataset import to_float
 from training.errors import TrainingError
 from training.noise import generator
 
-PartName = Literal["residual", "pathway", "companion", "restoration", "density", "local", "likelihood", "divergence"]
+PartName = Literal[
+    "residual",
+    "pathway",
+    "companion",
+    "restoration",
+    "density",
+    "likeness",
+    "answer_likeness",
+    "local",
+    "patches",
+    "likelihood",
+    "divergence",
+]
 
 FITTING_ITEMS = 6000  # of the training part: what the parts' constants are taken from
 LEAST_INK = 0.25  # of the median item's: blank pictures would divide by nothing
@@ -30,6 +42,12 @@ KNOTS = 200
 NEAREST = 5
 LEAST_SPREAD = 1e-4  # of what is typical
 WHITENING_FLOOR = 1e-6  # of the largest variance
+LIKENESS_DIRECTIONS, LIKENESS_ITEMS = 64, 4000
+PATCH_PX = 5
+PATCHES_ACROSS = 32  # at least so many pixels across a picture where it is shrunk most
+PATCH_FITTING_ITEMS = 500
+PATCH_PLACES = 2**17  # at once, in fitting
+GREY_LEVEL = 1 / 255
 
 
 @dataclass(frozen=True)
@@ -39,10 +57,14 @@ class Scoring:
     `residual`: mean squared reconstruction error. `pathway`: what encoding changes when it is given the
     reconstruction, and the reconstruction's error itself, whitened on normal items. `companion`: the same of a second
     network, by half as many directions. `restoration`: error of restorations of noised copies, for networks that
-    learnt to denoise. `density`: mean distance to the nearest latent vectors of normal items. `local`: mean of the
-    most unusual places. `likelihood`, `divergence`: the two parts of −ELBO, of variational networks.
+    learnt to denoise. `density`: mean distance to the nearest latent vectors of normal items. `likeness`: the same to
+    the items themselves, at unit norm and along their principal directions; `answer_likeness`: of reconstructions.
+    `local`: mean of the most unusual places. `patches`: the same of places whose surroundings, a few pixels and their
+    colours at several scales, are unusual; it makes the map too. `likelihood`, `divergence`: the two parts of −ELBO,
+    of variational networks.
 
-    Source: RaPP: Kim et al. 2020, ICLR; whitening of paths and division by the norm: measured in quality-anomaly.
+    Source: RaPP: Kim et al. 2020, ICLR; whitening of paths and division by the norm: measured in quality-anomaly;
+    patches: Mahalanobis distance as in PaDiM, Defard et al. 2021, arXiv:2011.08785, of pixels instead of features.
     """
 
     parts: tuple[PartName, ...] = ("residual", "pathway")
@@ -50,7 +72,7 @@ class Scoring:
     directions: PositiveInt = 64  # of the pathway's whitening
     sigma: PositiveFloat = 0.5  # of the noise in restoration
     draws: PositiveInt = 2
-    neighbours: PositiveInt = 2000  # latent vectors that density is measured against
+    neighbours: PositiveInt = 2000  # normal items that density and likeness are measured against
     local_share: PositiveFloat = 0.02  # of a picture's places: those that say most
     windows: tuple[PositiveInt, ...] = (
         3,
@@ -69,6 +91,25 @@ class Part(nn.Module):
     def forward(self, seen: dict[str, Tensor]) -> Tensor:
         """Observations of a batch → (batch,), above zero, higher is more unusual."""
         raise NotImplementedError
+
+
+@torch.no_grad()
+def principal_directions(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (items, values): their mean, up to so many directions (values, directions), and the variance along each."""
+    x = x.double()
+    mean = x.mean(0)
+    centred = x - mean
+    rows, columns = centred.shape
+    # The smaller of the two Gram matrices has the same non-zero eigenvalues.
+    if rows < columns:
+        values, left = torch.linalg.eigh(centred @ centred.T)
+        vectors = centred.T @ left / values.clamp_min(1e-30).sqrt()
+    else:
+        values, vectors = torch.linalg.eigh(centred.T @ centred)
+    keep = max(1, min(most, rows - 1, columns))
+    values, vectors = values.flip(0)[:keep], vectors.flip(1)[:, :keep]
+    largest = vectors.abs().argmax(0)  # an eigenvector's sign is arbitrary
+    return mean, vectors * vectors[largest, torch.arange(keep)].sign(), values / rows
 
 
 class _Residual(Part):
@@ -97,21 +138,9 @@ class _Pathway(Part):
     @torch.no_grad()
     def fit(self, seen: dict[str, Tensor]) -> None:
         """Principal directions of the paths of normal items, each scaled to deviation 1."""
-        path = seen[self.path].double()
-        self.mean = path.mean(0).float()
-        centred = path - path.mean(0)
-        rows, columns = centred.shape
-        # The smaller of the two Gram matrices has the same non-zero eigenvalues.
-        if rows < columns:
-            values, left = torch.linalg.eigh(centred @ centred.T)
-            vectors = centred.T @ left / values.clamp_min(1e-30).sqrt()
-        else:
-            values, vectors = torch.linalg.eigh(centred.T @ centred)
-        keep = min(self.directions, rows - 1, columns)
-        values, vectors = values.flip(0)[:keep], vectors.flip(1)[:, :keep]
-        largest = vectors.abs().argmax(0)  # an eigenvector's sign is arbitrary
-        vectors = vectors * vectors[largest, torch.arange(vectors.shape[1])].sign()
-        deviations = (values / rows).clamp_min(WHITENING_FLOOR * float(values[0]) / rows + 1e-30).sqrt()
+        mean, vectors, variances = principal_directions(seen[self.path], self.directions)
+        self.mean = mean.float()
+        deviations = (variances.clamp_min(WHITENING_FLOOR * float(variances[0])) + 1e-30).sqrt()
         self.whitening = (vectors / deviations).float().contiguous()  # (path, directions)
 
     def forward(self, seen: dict[str, Tensor]) -> Tensor:
@@ -147,32 +176,73 @@ class _Density(Part):
         super().__init__()
         self.count = scoring.neighbours
         self.nearest = NEAREST
-        self.register_buffer("known", torch.zeros(1, 1))
+        self.register_buffer("known", torch.zeros(1, 1, dtype=torch.float64))
 
+    def vectors(self, seen: dict[str, Tensor]) -> Tensor:
+        """What distances are between, (batch, numbers), in double: they are differences of nearly equal numbers."""
+        return seen["latent"].double()
+
+    @torch.no_grad()
     def fit(self, seen: dict[str, Tensor]) -> None:
-        """Keeps the latent vectors of the first normal items; their order is the split's, hence arbitrary."""
-        self.known = seen["latent"][: self.count].clone()
+        """Keeps the vectors of the first normal items; their order is the split's, hence arbitrary."""
+        self.known = self.vectors(seen)[: self.count].clone()
         self.nearest = min(NEAREST, len(self.known))
 
     def forward(self, seen: dict[str, Tensor]) -> Tensor:
-        # In the product's form: cdist changes its algorithm, hence its rounding, with the number of rows. In double:
-        # the difference of nearly equal numbers.
-        z, known = seen["latent"].double(), self.known.double()
+        # In the product's form: cdist changes its algorithm, hence its rounding, with the number of rows.
+        z, known = self.vectors(seen), self.known
         squared = z.square().sum(1, keepdim=True) + known.square().sum(1) - 2 * z @ known.t()
         return torch.topk(squared, self.nearest, dim=1, largest=False)[0].clamp_min(1e-12).sqrt().mean(1).float()
 
 
+class _Likeness(_Density):
+    wants = ()
+    observed = "x"
+    if TYPE_CHECKING:
+        mean: Tensor
+        directions: Tensor
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__(scoring)
+        self.item = self.observed
+        self.register_buffer("mean", torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("directions", torch.zeros(1, 1, dtype=torch.float64))
+
+    def vectors(self, seen: dict[str, Tensor]) -> Tensor:
+        """At the item's unit norm: neither much ink nor little makes an item unlike others."""
+        return (seen[self.item].double() / seen["ink"].double()[:, None] - self.mean) @ self.directions
+
+    @torch.no_grad()
+    def fit(self, seen: dict[str, Tensor]) -> None:
+        """Takes principal directions, which leave noise behind, then keeps normal items."""
+        unit = seen[self.item][:LIKENESS_ITEMS] / seen["ink"][:LIKENESS_ITEMS, None]
+        self.mean, directions, _ = principal_directions(unit, LIKENESS_DIRECTIONS)
+        self.directions = directions.contiguous()
+        super().fit(seen)
+
+
+class _AnswerLikeness(_Likeness):
+    observed = "y"
+
+
 class _Local(Part):
     wants = ("map",)
+    observed = "map"
 
     def __init__(self, scoring: Scoring) -> None:
         super().__init__()
         self.share = scoring.local_share
+        self.map = self.observed
 
     def forward(self, seen: dict[str, Tensor]) -> Tensor:
-        places = seen["map"]
+        places = seen[self.map]
         count = max(1, int(self.share * places.shape[1]))
         return torch.topk(places, count, dim=1)[0].mean(1)
+
+
+class _Patches(_Local):
+    wants = ("patches",)
+    observed = "patches"
 
 
 class _Likelihood(Part):
@@ -203,7 +273,10 @@ PARTS: dict[PartName, type[Part]] = {
     "companion": _Companion,
     "restoration": _Restoration,
     "density": _Density,
+    "likeness": _Likeness,
+    "answer_likeness": _AnswerLikeness,
     "local": _Local,
+    "patches": _Patches,
     "likelihood": _Likelihood,
     "divergence": _Divergence,
 }
@@ -264,6 +337,102 @@ class Tails(nn.Module):
         return torch.stack(columns, 1)
 
 
+class _Scale(nn.Module):
+    """Mahalanobis distance of the surroundings of each place, on a picture shrunk by a whole factor."""
+
+    if TYPE_CHECKING:
+        filters: Tensor
+        offsets: Tensor
+        typical: Tensor
+
+    def __init__(self, item_shape: tuple[int, ...], factor: int) -> None:
+        super().__init__()
+        channels, self.height, self.width = item_shape
+        self.factor, self.margin = factor, PATCH_PX // 2
+        shape = (1, channels, PATCH_PX, PATCH_PX)
+        self.register_buffer("filters", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("offsets", torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("typical", torch.ones(1, 1, item_shape[1], item_shape[2]))
+
+    def shrunk(self, x: Tensor) -> Tensor:
+        # In double: along directions in which normal pictures hardly differ, rounding would be seen.
+        return functional.avg_pool2d(x.double(), self.factor, self.factor, 0, True)
+
+    @torch.no_grad()
+    def fit(self, items: Tensor) -> None:
+        """Takes mean and covariance of the patches of normal pictures, (items, *item)."""
+        small = self.shrunk(to_float(items[:1]))
+        count, total, products = 0, torch.zeros(()), torch.zeros(())
+        for batch in torch.split(items, max(1, PATCH_PLACES // small[0, 0].numel())):
+            patches = functional.unfold(self.shrunk(to_float(batch)), PATCH_PX).transpose(1, 2).flatten(0, 1)
+            count += len(patches)
+            total, products = total + patches.sum(0), products + patches.T @ patches
+        mean = total / count
+        values, vectors = torch.linalg.eigh(products / count - mean[:, None] * mean)
+        # No picture of whole grey levels is more exact than their rounding.
+        floor = max(GREY_LEVEL**2 / 12 / self.factor**2, WHITENING_FLOOR * float(values[-1]))
+        whitening = (vectors / (values.clamp_min(0) + floor).sqrt()).T  # (directions, values of a patch)
+        self.filters = whitening.reshape(-1, *self.filters.shape[1:]).contiguous()
+        self.offsets = -(whitening @ mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean square along all directions, (batch, 1, height, width); a margin is as its nearest neighbour is."""
+        squared = functional.conv2d(self.shrunk(x), self.filters, self.offsets).square().mean(1, keepdim=True)
+        margin = self.margin
+        near = functional.pad(squared.float(), [margin, margin, margin, margin], mode="replicate")
+        near = near.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
+        return functional.avg_pool2d(near[:, :, : self.height, : self.width], 3, 1, 1, False, False)
+
+
+class PatchMap(nn.Module):
+    """How unusual the surroundings of each place are among those of normal pictures, whatever the network answers.
+
+    A few pixels with all of their colours, at full size and shrunk by 2, 4 and so on. Along directions in which
+    neighbouring pixels and colours of normal pictures hardly differ, little is much: a faint edge in a smooth grain, a
+    tint that the grain never has.
+    """
+
+    if TYPE_CHECKING:
+        peak: Tensor
+
+    def __init__(self, item_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        side = min(item_shape[1:], default=0)
+        if side < PATCH_PX:
+            raise TrainingError(
+                f"scoring.parts: patches: expected pictures of {PATCH_PX} pixels or more, found items of {item_shape}"
+            )
+        factors = [2**k for k in range(16) if k == 0 or 2**k * PATCHES_ACROSS <= side]
+        self.scales = nn.ModuleList([_Scale(item_shape, factor) for factor in factors])
+        self.least_spread = LEAST_SPREAD
+        self.register_buffer("peak", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, normal: Tensor, held_out: Tensor) -> None:
+        """Takes the patches of normal pictures, and from others too what is typical of each place."""
+        normal = normal[:PATCH_FITTING_ITEMS]
+        everything = torch.cat([normal, held_out[:PATCH_FITTING_ITEMS]])
+        for scale in self.scales:
+            scale.fit(normal)  # type: ignore[operator]
+            total = sum(scale(to_float(batch)).sum(0, keepdim=True) for batch in torch.split(everything, 16))
+            typical = total / len(everything)
+            scale.typical = typical + 0.1 * typical.mean() + 1e-12
+        highest = [self(to_float(batch)).amax(1) for batch in torch.split(held_out[:PATCH_FITTING_ITEMS], 16)]
+        self.peak = torch.cat(highest).quantile(0.99)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, *item) → (batch, places); few normal items exceed 1 anywhere."""
+        total = torch.zeros_like(x[:, :1])
+        for scale in self.scales:
+            total = total + scale(x) / scale.typical
+        return (total / len(self.scales) + self.least_spread).sqrt().flatten(1) / self.peak
+
+
+class _NoPatchMap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
 class Scorer(nn.Module):
     """The parts, their fusion, and the map of where an item is unusual; with its network it makes scores.
 
@@ -309,6 +478,8 @@ class Scorer(nn.Module):
             raise TrainingError(f"scoring.windows: expected odd numbers of pixels, found {scoring.windows}")
         self.register_buffer("typical", torch.ones(len(self.windows), math.prod(self.places)))
         self.register_buffer("peak", torch.ones(()))
+        self.maps_patches = "patches" in self.wants
+        self.patches = PatchMap(item_shape) if self.maps_patches else _NoPatchMap()
 
     def take(self, constants: dict[str, Tensor]) -> None:
         """Takes constants that were fitted before, of whatever size; by name, as the exported module has them."""
@@ -317,13 +488,15 @@ class Scorer(nn.Module):
             setattr(self.get_submodule(module), buffer, tensor.clone())
 
     def complete(self, x: Tensor, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A network's observations of the items x, with what no network need know: `ink`, and `map` where wanted."""
+        """A network's observations of the items x, with what no network need know: `ink`, and maps where wanted."""
         if self.is_plain or len(self.places) == 1:
             seen["ink"] = torch.ones_like(seen["x"][:, 0])
         else:
             seen["ink"] = x.flatten(1).square().sum(1).sqrt().clamp_min(self.least_ink).clamp_min(1e-6)
         if "map" in self.wants:
             seen["map"] = self.map(seen["x"], seen["y"])
+        if self.maps_patches:
+            seen["patches"] = self.patches(x)
         return seen
 
     def map(self, x: Tensor, y: Tensor) -> Tensor:
@@ -396,7 +569,9 @@ def fit_scorer(network: Autoencoder, scoring: Scoring, normal: Tensor, held_out:
     scorer = Scorer(tuple(normal.shape[1:]), scoring).eval()
     observing = Observing(network, scorer)
     _check_has_all(observing, normal[:1])
-    normal = normal[:FITTING_ITEMS]
+    normal = normal[: max(FITTING_ITEMS, scoring.neighbours)]
+    if isinstance(scorer.patches, PatchMap):
+        scorer.patches.fit(normal, held_out)
     if normal.dim() == 4:
         ink = to_float(normal).flatten(1).norm(dim=1)
         scorer.least_ink = LEAST_INK * ink.median()
