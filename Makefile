@@ -81,7 +81,7 @@ quality: setup  ## Measure on MNIST what the presets reach, into docs/quality.md
 	@$(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quality]'
 	@OMP_NUM_THREADS=1 $(python) -m quality $(PART)
 
-quality-anomaly: setup  ## Measure anomaly scores on MNIST, into docs/quality-anomaly.md (PART=one-class; resumable)
+quality-anomaly: setup  ## Measure anomaly scores on MNIST and drawn surfaces, into docs/quality-anomaly.md (PART=surfaces; resumable)
 	@OMP_NUM_THREADS=1 $(python) -m quality.anomaly $(PART)
 
 presets: setup  ## Train every preset on every kind of data for MINUTES=1, verify and serve each, 45 minutes or so

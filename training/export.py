@@ -91,11 +91,12 @@ class _AnomalyMap(_Method):
         Few normal items exceed 1 anywhere.
         """
         scorer = self.scorer
-        if scorer.maps_patches:
-            return scorer.patches(x).reshape([x.shape[0]] + scorer.places)  # noqa: RUF005
-        flat = self.network.standardise(x).flatten(1)
-        answer = self.network.standardise(self.network.reconstruct(x)).flatten(1)
-        return scorer.map(flat, answer).reshape([x.shape[0]] + scorer.places)  # noqa: RUF005  TorchScript has no stars
+        if scorer.maps_patches:  # whatever the network answers
+            places: Tensor = scorer.patches(x)
+        else:
+            answer = self.network.standardise(self.network.reconstruct(x)).flatten(1)
+            places = scorer.map(self.network.standardise(x).flatten(1), answer)
+        return places.reshape([x.shape[0]] + scorer.places)  # noqa: RUF005  TorchScript has no stars
 
 
 class _Sample(_Method):

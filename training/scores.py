@@ -168,7 +168,7 @@ class _Restoration(Part):
 
 
 class _Density(Part):
-    wants = ("latent",)
+    wants: ClassVar[tuple[str, ...]] = ("latent",)
     if TYPE_CHECKING:
         known: Tensor
 
@@ -196,7 +196,7 @@ class _Density(Part):
 
 
 class _Likeness(_Density):
-    wants = ()
+    wants: ClassVar[tuple[str, ...]] = ()
     observed = "x"
     if TYPE_CHECKING:
         mean: Tensor

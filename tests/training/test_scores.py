@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from app.artifacts.manifest import Capability
 from training.autoencoders import Autoencoder
@@ -14,14 +15,14 @@ from training.errors import TrainingError
 from training.export import TOLERANCE, ExportedModule, export, servable
 from training.noise import generator
 from training.presets import PRESETS, Preset, build_network
-from training.scores import PARTS, Scorer, Scoring, Tails, fit_scorer
+from training.scores import PARTS, PatchMap, Scorer, Scoring, Tails, fit_scorer
 
 VARIATIONAL_PARTS = {"likelihood", "divergence"}
 
 
 def scoring_of_all_parts(network: Autoencoder) -> Scoring:
     if network.latent_dim is None:
-        return Scoring(("residual", "local"), windows=(3, 5))
+        return Scoring(("residual", "local", "patches"), windows=(3, 5))
     lacking = set() if network.prior else VARIATIONAL_PARTS
     lacking = lacking if isinstance(network, PairedHourglass) else lacking | {"companion"}
     return Scoring(tuple(name for name in PARTS if name not in lacking), neighbours=50)
@@ -107,6 +108,89 @@ def test_the_pathway_is_whitened(digits: Dataset) -> None:
         seen["ink"] = torch.ones(500)
         whitened = scorer.raw(seen)
     assert float(whitened.square().mean()) == pytest.approx(1, rel=1e-3)
+
+
+def test_likeness_asks_neither_for_ink_nor_for_strength(digits: Dataset) -> None:
+    """Known items are nearest; half as strong, a known item stays so; one with its pixels shuffled is far from all."""
+    network = build_network(PRESETS["basic"], (1, 8, 8), seed=0).eval()
+    scorer = fit_scorer(network, Scoring(("likeness",), neighbours=500), digits.items[:500], digits.items[500:600])
+    known = to_float(digits.items[:50])
+    order = torch.randperm(64, generator=generator(0, "shuffle"))
+    shuffled = known.flatten(1)[:, order].reshape(known.shape)
+
+    def likeness(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return scorer.raw(scorer.complete(x, network.observe(x, scorer.noise, scorer.sigma, scorer.wants)))[:, 0]
+
+    torch.testing.assert_close(likeness(known / 2), likeness(known), atol=1e-4, rtol=1e-4)
+    assert likeness(known).max() < likeness(shuffled).min()
+
+
+def test_answer_likeness_is_of_the_reconstruction(digits: Dataset) -> None:
+    """It looks at what the network answers, not at the item."""
+    network = build_network(PRESETS["basic"], (1, 8, 8), seed=0).eval()
+    scoring = Scoring(("likeness", "answer_likeness"), neighbours=100)
+    scorer = fit_scorer(network, scoring, digits.items[:300], digits.items[300:400])
+    x = to_float(digits.items[400:410])
+    with torch.inference_mode():
+        seen = scorer.complete(x, network.observe(x, scorer.noise, scorer.sigma, scorer.wants))
+        before = scorer.raw(seen)
+        seen["y"] = seen["y"].flip(0)
+        after = scorer.raw(seen)
+    torch.testing.assert_close(before[:, 0], after[:, 0])
+    assert (before[:, 1] != after[:, 1]).all()
+
+
+def textured(pictures: int, side: int, seed: int) -> torch.Tensor:
+    """Smooth grain in one colour, as bytes: (pictures, 3, side, side)."""
+    noise = torch.randn(pictures, 1, side, side, generator=generator(seed, "grain"))
+    grain = functional.avg_pool2d(noise, 5, 1, 2)
+    colour = 0.5 + 0.2 * grain * torch.tensor([1.0, 0.9, 0.8]).view(1, 3, 1, 1)
+    return (colour.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (37, 50)])
+def test_patches_find_a_tint_that_the_grain_never_has(shape: tuple[int, int]) -> None:
+    """A square, fainter than the grain but of another tint, is where the map is highest; few good pictures pass 1."""
+    height, width = shape
+    items = textured(60, 64, 0)[:, :, :height, :width]
+    patches = PatchMap((3, height, width))
+    patches.fit(items[:40], items[40:50])
+    x = to_float(items[50:])
+    odd = x.clone()
+    odd[:, 0, 12:20, 20:30] += 8 / 255  # the grain's deviation is 10 grey levels
+    with torch.inference_mode():
+        maps, good = patches(odd).view(10, height, width), patches(x)
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    inside[10:22, 18:32] = True  # a patch reaches so far
+    assert inside.flatten()[maps.flatten(1).argmax(1)].all()
+    assert (maps.amax((1, 2)) > 1).all()
+    assert float((good.amax(1) > 1).float().mean()) < 0.5
+
+
+def test_patches_shrink_pictures_as_far_as_there_is_room() -> None:
+    """Full size alone below 64 pixels, and another halving with each doubling."""
+    counts = [len(PatchMap((1, side, side)).scales) for side in (8, 63, 64, 128, 256)]
+    assert counts == [1, 1, 2, 3, 4]
+
+
+def test_the_map_is_that_of_the_patches(digits: Dataset) -> None:
+    """Where patches are a part, the exported map is theirs, and a row's map is the same in any batch."""
+    network = build_network(PRESETS["inspection"], (1, 8, 8), seed=0).eval()
+    scorer = fit_scorer(network, PRESETS["inspection"].scoring, digits.items[:300], digits.items[300:400])
+    x = to_float(digits.items[400:464])
+    exported = ExportedModule(export(network, x, generator(0, "check"), scorer))
+    with torch.inference_mode():
+        expected = scorer.patches(x).view(64, 1, 8, 8)
+    for batch_size in (1, 7, 64):
+        torch.testing.assert_close(exported.run("anomaly_map", x, batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize("shape", [(30,), (1, 4, 9)])
+def test_items_without_room_for_patches_are_refused(shape: tuple[int, ...]) -> None:
+    """Records, and pictures smaller than a patch, are one clear error."""
+    with pytest.raises(TrainingError, match=r"scoring\.parts: patches: expected pictures of 5 pixels or more"):
+        Scorer(shape, Scoring(("patches",)))
 
 
 def test_noise_is_the_same_for_every_item(digits: Dataset) -> None:
