@@ -27,9 +27,6 @@ from app.scoring.tables import check_out, table_for
 from app.settings import Settings
 from app.supervisor import Supervisor, listen, member_from_environment
 
-_SWITCH_INTERVAL_S = 0.0005
-"""How long the event loop may keep a device's thread, which has just finished a batch, from taking the next one."""
-
 _EXIT_UNWELL = 70
 """Exit code of a process that cannot serve any more: EX_SOFTWARE of sysexits.h."""
 
@@ -96,7 +93,6 @@ def serve(
         ),
         app.state.drain,
     )
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     server.run(sockets=[sock])
 
 

@@ -398,8 +398,11 @@ def result_rows(
         columns = {**columns, results.pictures: pictures}
     if ids is not None:
         columns = {"id": ids, **columns}
-    shared = results.shared
-    return [{**dict(zip(columns, values, strict=True)), **shared} for values in zip(*columns.values(), strict=True)]
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]  # noqa: B905  as many
+    if shared := results.shared:
+        for row in rows:
+            row.update(shared)
+    return rows
 
 
 def _answer_model(answers: type[BaseModel], beside: dict[str, Any]) -> type[BaseModel]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -115,6 +117,10 @@ class Calibration:
     scores: NDArray[np.float32]  # (n,), ascending
     tail: Tail | None = None
 
+    @cached_property
+    def _ascending(self) -> list[float]:
+        return self.scores.tolist()  # type: ignore[no-any-return]  # of one dimension
+
     @classmethod
     def from_scores(cls, scores: NDArray[np.float32], tail: Tail | None = None) -> Self:
         """A calibration from unsorted scores, (n,). Raises ValueError if there is none or one is not finite."""
@@ -183,7 +189,9 @@ class Calibration:
 
     def counts(self, scores: NDArray[np.float32]) -> NDArray[np.int64]:
         """1 + #{calibration scores ≥ score}, (batch,)."""
-        return (len(self.scores) + 1) - self.scores.searchsorted(scores.astype(np.float32, copy=False))
+        # Not searchsorted: for one score it takes longer, and lets go of the interpreter on the way.
+        size, ascending = len(self.scores) + 1, self._ascending
+        return np.array([size - bisect_left(ascending, s) for s in scores.astype(np.float32, copy=False).tolist()])
 
     def _allowed(self, rate: float) -> int:
         """The largest k with k / (n + 1) ≤ rate."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 _BEGINNING = re.compile(rb'\s*\{\s*"instances"\s*:\s*\[')
 _LARGEST = float(np.finfo(np.float32).max)
 _KEPT_BYTES = 256 * 1024
+# numpy lets go of the interpreter for more elements than that, and waits for it to come back. For a small body both
+# cost more than the work: the thread of the device is woken for each, and then keeps the event loop from going on.
+_KEEPS_LOCK, _SMALL = 500, 4000
 _local = threading.local()
 
 
@@ -40,15 +44,19 @@ def parse_rows(
             lengths = shape
         else:
             return None
-        for row in instances:
-            if not _is_nested(row, lengths):
-                return None
-        if not rows:
+        if not rows or not _are_nested(instances, lengths):
             return None
         numbers = np.frombuffer(instances.as_buffer(of_type="d"))
     except (ValueError, TypeError, KeyError, RuntimeError):
         return None
-    return numbers.astype(np.float32).reshape(rows, *shape) if _are_within(numbers, value_range) else None
+    values = np.empty(numbers.size, np.float32)
+    step = _KEEPS_LOCK if numbers.size <= _SMALL else numbers.size
+    for start in range(0, numbers.size, step):
+        piece = numbers[start : start + step]
+        if not _are_within(piece, value_range):
+            return None
+        values[start : start + step] = piece
+    return values.reshape(rows, *shape)
 
 
 def _are_within(numbers: NDArray[np.float64], value_range: tuple[float, float] | None) -> bool:
@@ -57,8 +65,13 @@ def _are_within(numbers: NDArray[np.float64], value_range: tuple[float, float] |
     if low == 0:
         # One look instead of two: as integers, the bits of floats from 0 on rise as they do, below those of negative
         # ones and NaN.
-        return bool(np.maximum.reduce(numbers.view(np.uint64)) <= np.float64(high).view(np.uint64))
+        return int(np.maximum.reduce(numbers.view(np.uint64))) <= _bits(high)
     return bool(low <= np.minimum.reduce(numbers) and np.maximum.reduce(numbers) <= high)
+
+
+@lru_cache(maxsize=64)
+def _bits(number: float) -> int:
+    return int(np.float64(number).view(np.uint64))
 
 
 def _lists(shape: tuple[int, ...]) -> int:
@@ -70,7 +83,14 @@ def _is_nested(value: object, lengths: tuple[int, ...]) -> bool:
     """Whether lists have these lengths, level by level. What the innermost hold is not looked at."""
     if not isinstance(value, simdjson.Array) or len(value) != lengths[0]:
         return False
-    return len(lengths) == 1 or all(_is_nested(part, lengths[1:]) for part in value)
+    return len(lengths) == 1 or _are_nested(value, lengths[1:])
+
+
+def _are_nested(values: simdjson.Array, lengths: tuple[int, ...]) -> bool:
+    for value in values:  # noqa: SIM110  `all` would make a generator for each
+        if not _is_nested(value, lengths):
+            return False
+    return True
 
 
 def _parser(size: int) -> simdjson.Parser:

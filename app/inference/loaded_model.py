@@ -143,7 +143,7 @@ class LoadedModel:
         the manifest says; OutOfMemory; DeviceLost after a sticky error.
         """
         method = self.manifest.capabilities[capability]
-        arguments = [np.stack(column) for column in zip(*rows, strict=True)]  # each (batch, …)
+        arguments = [_stacked(column) for column in zip(*rows, strict=True)]  # each (batch, …)
         try:
             outputs = self.forward(capability, arguments)
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -167,7 +167,7 @@ class LoadedModel:
             tensors = [self._to_device(argument) for argument in arguments]
             given = self._methods[capability](*tensors)
             outputs = given if isinstance(given, tuple) else (given,)
-            return [cast("NDArray[np.float32]", output.float().cpu().numpy()) for output in outputs]
+            return [_to_array(output) for output in outputs]
 
     def self_test(self, artifact: Artifact) -> dict[Capability, float]:
         """Runs every method on the artifact's own vectors, alone and batched, and compares.
@@ -246,6 +246,26 @@ class LoadedModel:
         except Exception as error:  # whatever the module raises, the artifact is refused for it
             raise ArtifactRefused(f"self-test: {capability}: {_first_line(error)}") from error
         return outputs
+
+
+def _stacked(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Rows of one shape, each contiguous in memory, as one writable array.
+
+    np.stack copies them one by one, and for each lets go of the interpreter, which the event loop's thread then keeps
+    for a while.
+    """
+    together = np.frombuffer(bytearray().join(row.data for row in rows), np.float32)
+    return together.reshape(len(rows), *rows[0].shape)
+
+
+def _to_array(output: torch.Tensor) -> NDArray[np.float32]:
+    # Not even asked to do nothing: each call of torch gives the interpreter to the event loop's thread, and waits for
+    # it to come back.
+    if output.dtype != torch.float32:
+        output = output.float()
+    if not output.is_cpu:
+        output = output.cpu()
+    return cast("NDArray[np.float32]", output.numpy())
 
 
 def _check_shapes(method: Method, outputs: Sequence[NDArray[np.float32]], batch_size: int) -> None:
