@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -28,6 +29,9 @@ from app.errors import (
 logger = logging.getLogger(__name__)
 
 Observe = Callable[[Lane[Any, Any], "BatchRecord"], None]
+
+_TOGETHER_S = 0.002
+"""For how long a batch may keep those of other lanes waiting that go to an executor together with it."""
 
 _LONGEST_DUE_S = 1.0
 """When a request is due at the latest that waits from now on, or a caller with much time would be put off until it has
@@ -89,6 +93,9 @@ class _Outcome:
     learnt_size: int | None
 
 
+_Batch = list[Slice[_Request[Any, Any]]]
+
+
 class Batcher:
     """Collects the items of many callers into batches and answers each caller with its own results.
 
@@ -127,7 +134,7 @@ class Batcher:
         self._closed = False
         self._loop = asyncio.get_running_loop()  # asked for once: each time costs a call of the kernel
         self._lost: Unavailable | None = None
-        self._running: dict[int, list[Slice[_Request[Any, Any]]]] = {}  # by the executor's slot
+        self._running: dict[int, list[_Batch]] = {}  # by the executor's slot
         self._idle = asyncio.Event()
         self._idle.set()
         self._deadlines: Deadlines[_Request[Any, Any]] = Deadlines(self._expire)
@@ -160,8 +167,8 @@ class Batcher:
         self._lost = error
         for request in list(self._queue):
             self._fail(request, error)
-        for batch in list(self._running.values()):
-            for part in batch:
+        for batches in list(self._running.values()):
+            for part in itertools.chain.from_iterable(batches):
                 self._fail(part.request, error)
 
     async def submit(
@@ -234,45 +241,68 @@ class Batcher:
     def _dispatch(self) -> None:
         self._dispatch_scheduled = False
         while self._free and self._queue:
-            self._start(self._queue.take())
+            self._start(self._take())
 
-    def _start(self, batch: list[Slice[_Request[Any, Any]]]) -> None:
+    def _take(self) -> list[_Batch]:
+        """What goes to an executor next: a batch, and if all others are busy those of other lanes that are over soon,
+        too. Handing work over costs more than running a small batch does.
+        """
+        batches = [self._queue.take()]
+        lanes = [batches[0][0].request.lane]
+        soon_s = lanes[0].batch_s
+        while len(self._free) == 1 and self._queue:
+            lane = self._queue.next_lane()
+            soon_s += lane.batch_s
+            if lane in lanes or soon_s > _TOGETHER_S:
+                break
+            lanes.append(lane)
+            batches.append(self._queue.take())
+        return batches
+
+    def _start(self, batches: list[_Batch]) -> None:
         loop = self._loop
         now = loop.time()
-        for part in batch:
-            if not part.start:
-                part.request.queued_s = now - part.request.enqueued_at
-        items = [item for part in batch for item in part.request.items[part.start : part.stop]]
-        lane, slot = batch[0].request.lane, self._free.pop()
+        for batch in batches:
+            for part in batch:
+                if not part.start:
+                    part.request.queued_s = now - part.request.enqueued_at
+        slot = self._free.pop()
         try:
-            running = self._executors[slot].submit(_run_isolating, lane, items, slot)
+            running = self._executors[slot].submit(_run_batches, batches, slot)
         except RuntimeError as error:  # the executor was shut down under us: nobody may be left waiting
             self._free.append(slot)
-            self._deliver(batch, [error] * len(items))
+            for batch in batches:
+                self._deliver(batch, [error] * _rows(batch))
             return
-        self._running[slot] = batch
+        self._running[slot] = batches
         self._idle.clear()
         running.add_done_callback(  # runs on the executor's thread
-            lambda done: loop.call_soon_threadsafe(self._finish, slot, lane, batch, done)
+            lambda done: loop.call_soon_threadsafe(self._finish, slot, batches, done)
         )
 
-    def _finish(
-        self, slot: int, lane: Lane[Any, Any], batch: list[Slice[_Request[Any, Any]]], done: Future[_Outcome]
-    ) -> None:
+    def _finish(self, slot: int, batches: list[_Batch], done: Future[list[_Outcome]]) -> None:
         """Hands each request its rows; runs on the event loop, and frees the executor's slot, whatever happened."""
         self._free.append(slot)
         del self._running[slot]
-        rows = sum([part.stop - part.start for part in batch])
         try:
-            outcome = done.result()
-        except BaseException as error:  # noqa: BLE001  the executor itself failed: everyone in the batch is told
-            outcome = _Outcome([error] * rows, 0.0, 0.0, None)
+            outcomes = done.result()
+        except BaseException as error:  # noqa: BLE001  the executor itself failed: everyone in the batches is told
+            outcomes = [_Outcome([error] * _rows(batch), 0.0, 0.0, None) for batch in batches]
         now = self._loop.time()
-        for part in batch:
-            if part.request.waiting:
-                self._queue.give_way(part.request, min(part.request.timeout_at, now + _LONGEST_DUE_S))
+        for batch in batches:
+            for part in batch:
+                if part.request.waiting:
+                    self._queue.give_way(part.request, min(part.request.timeout_at, now + _LONGEST_DUE_S))
         self._dispatch()  # before the answers: the executor works while they are written
-        self._deliver(batch, outcome.results)
+        for batch, outcome in zip(batches, outcomes, strict=True):
+            self._deliver(batch, outcome.results)
+            self._learn(batch, outcome)
+        if len(self._free) == len(self._executors):
+            self._idle.set()
+
+    def _learn(self, batch: _Batch, outcome: _Outcome) -> None:
+        """Takes note of how a batch went."""
+        lane, rows = batch[0].request.lane, len(outcome.results)
         if outcome.learnt_size is not None and outcome.learnt_size < lane.max_batch_size:
             logger.warning("%s ran out of memory; its batches are at most %d rows now", lane.name, outcome.learnt_size)
             lane.max_batch_size = outcome.learnt_size
@@ -280,8 +310,7 @@ class Batcher:
         if ran_s > 0:
             rate = rows / ran_s
             self._rows_per_s = 0.8 * self._rows_per_s + 0.2 * rate if self._rows_per_s else rate
-        if len(self._free) == len(self._executors):
-            self._idle.set()
+            lane.batch_s = ran_s if lane.batch_s == math.inf else 0.8 * lane.batch_s + 0.2 * ran_s
         self._observe(
             lane,
             BatchRecord(
@@ -292,7 +321,7 @@ class Batcher:
             ),
         )
 
-    def _deliver(self, batch: list[Slice[_Request[Any, Any]]], results: list[Any]) -> None:
+    def _deliver(self, batch: _Batch, results: list[Any]) -> None:
         offset, now = 0, self._loop.time()
         for part in batch:
             request, start, count = part.request, part.start, part.stop - part.start
@@ -335,6 +364,29 @@ class Batcher:
         """Takes what still waits of a request out of the queue; harmless when nothing does."""
         self._deadlines.discard(request)
         self._queue.discard(request)
+
+
+def _rows(batch: _Batch) -> int:
+    return sum([part.stop - part.start for part in batch])
+
+
+def _run_batches(batches: Sequence[_Batch], slot: int) -> list[_Outcome]:
+    """Runs batches one after the other, on the executor's thread."""
+    return [_run_batch(batch, slot) for batch in batches]
+
+
+def _run_batch(batch: _Batch, slot: int) -> _Outcome:
+    """One result or exception per row; None for rows whose callers left, or whose time was up, before it began."""
+    lane = batch[0].request.lane
+    lost = [part for part in batch if part.request.answer.done()]
+    wanted = [part for part in batch if part not in lost] if lost else batch
+    items = [item for part in wanted for item in part.request.items[part.start : part.stop]]
+    if not lost:
+        return _run_isolating(lane, items, slot)
+    outcome = _run_isolating(lane, items, slot) if items else _Outcome([], 0.0, 0.0, None)
+    results = iter(outcome.results)
+    outcome.results = [None if part in lost else next(results) for part in batch for _ in range(part.stop - part.start)]
+    return outcome
 
 
 def _run_isolating(lane: Lane[Item, Result], items: Sequence[Item], slot: int) -> _Outcome:

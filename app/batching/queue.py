@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -26,6 +27,8 @@ class Lane(Generic[Item, Result]):
     run: Callable[[Sequence[Item], int], Sequence[Result | Exception]]
     max_batch_size: int
     row_bytes: int = 0
+    batch_s: float = field(default=math.inf, init=False)
+    """How long its batches ran lately, in seconds."""
 
 
 class Waiting(Generic[Item, Result]):
@@ -117,9 +120,13 @@ class FairQueue(Generic[WaitingT]):
         level.discard(request)
         self._drop_if_empty(lane, request.priority, level)
 
+    def next_lane(self) -> Lane[Any, Any]:
+        """The lane that the next batch is of. Only when not empty."""
+        return next(iter(self._lanes)) if len(self._lanes) == 1 else min(self._lanes, key=self._urgency)
+
     def take(self) -> list[Slice[WaitingT]]:
         """The next batch, at most its lane's `max_batch_size` rows; at least one row. Only when not empty."""
-        lane = next(iter(self._lanes)) if len(self._lanes) == 1 else min(self._lanes, key=self._urgency)
+        lane = self.next_lane()
         levels = self._lanes[lane]
         batch: list[Slice[WaitingT]] = []
         most = room = max(1, lane.max_batch_size)

@@ -219,6 +219,35 @@ def test_lanes_never_share_a_batch() -> None:
     play(scene)
 
 
+def test_small_batches_of_several_lanes_go_together() -> None:
+    """What is over soon goes to the executor with what another lane has; who leaves before its turn does not run."""
+
+    async def scene(batcher: Batcher) -> None:
+        models = [Doubler(name=name) for name in ("zero", "one", "two", "large")]
+        zero, one, two, large = models
+        for model in models:
+            model.lane.batch_s = 1.0 if model is large else 0.0001
+        running = [asyncio.create_task(batcher.submit(zero.lane, [0]))]
+        await settle()
+        running += [asyncio.create_task(batcher.submit(model.lane, [7])) for model in (one, two, large)]
+        await settle()
+        assert batcher.waiting_rows == 3
+        zero.open()
+        await running[0]
+        await settle()
+        assert batcher.waiting_rows == 1, "two of the three go together, the long one waits"
+        running[2].cancel()
+        await settle()
+        one.open()
+        assert (await running[1]).results == [14]
+        two.open()
+        large.open()
+        assert (await running[3]).results == [14]
+        assert two.batches == []
+
+    play(scene)
+
+
 def test_closing_answers_whoever_waits() -> None:
     """At shutdown the batch under way is finished, the waiting are told, and nobody new is let in."""
 
