@@ -24,6 +24,7 @@ from app.codecs.bodies import Body, parse_json
 from app.codecs.multipart import Part, parse_multipart
 from app.codecs.npy import decode_npy
 from app.codecs.numbers import parse_rows
+from app.codecs.ranges import are_within
 from app.errors import (
     ImageNotDecodable,
     InvalidInput,
@@ -33,8 +34,6 @@ from app.errors import (
     ShapeMismatch,
     UnsupportedMediaType,
 )
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 Entry = NDArray[np.float32] | Image.Image
 """One item whose form is right: numbers in the item's shape, or a picture that is not decoded yet."""
@@ -144,13 +143,12 @@ def bring_to_input(
 
 def check_rows(rows: NDArray[np.float32], value_range: tuple[float, float] | None) -> None:
     """Raises InvalidInput, naming the first item with a number that is not finite or outside `value_range`."""
-    low, high = value_range or (-_LARGEST, _LARGEST)
-    if (
-        low <= np.minimum.reduce(rows, None) and np.maximum.reduce(rows, None) <= high
-    ):  # neither holds where there is a NaN
+    if are_within(rows.reshape(-1), value_range):
         return
     low, high = value_range or (-np.inf, np.inf)
     good = np.isfinite(rows) & (rows >= low) & (rows <= high)
+    if good.all():
+        return
     index = int(np.argmin(good.reshape(len(rows), -1).all(axis=1)))
     value = float(rows[index][~good[index]].flat[0])
     if not np.isfinite(value):

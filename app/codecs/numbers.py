@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 import re
 import threading
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import simdjson
 from numpy.typing import NDArray
 
+from app.codecs.ranges import are_within, pieces
+
 _BEGINNING = re.compile(rb'\s*\{\s*"instances"\s*:\s*\[')
-_LARGEST = float(np.finfo(np.float32).max)
 _KEPT_BYTES = 256 * 1024
-# numpy lets go of the interpreter for more elements than that, and waits for it to come back. For a small body both
-# cost more than the work: the thread of the device is woken for each, and then keeps the event loop from going on.
-_KEEPS_LOCK, _SMALL = 500, 4000
 _local = threading.local()
 
 
@@ -49,29 +46,12 @@ def parse_rows(
         numbers = np.frombuffer(instances.as_buffer(of_type="d"))
     except (ValueError, TypeError, KeyError, RuntimeError):
         return None
+    if not are_within(numbers, value_range):
+        return None
     values = np.empty(numbers.size, np.float32)
-    step = _KEEPS_LOCK if numbers.size <= _SMALL else numbers.size
-    for start in range(0, numbers.size, step):
-        piece = numbers[start : start + step]
-        if not _are_within(piece, value_range):
-            return None
-        values[start : start + step] = piece
+    for piece in pieces(numbers.size):
+        values[piece] = numbers[piece]
     return values.reshape(rows, *shape)
-
-
-def _are_within(numbers: NDArray[np.float64], value_range: tuple[float, float] | None) -> bool:
-    """Whether all numbers lie in the range; of −0.0 it may say no."""
-    low, high = value_range or (-_LARGEST, _LARGEST)
-    if low == 0:
-        # One look instead of two: as integers, the bits of floats from 0 on rise as they do, below those of negative
-        # ones and NaN.
-        return int(np.maximum.reduce(numbers.view(np.uint64))) <= _bits(high)
-    return bool(low <= np.minimum.reduce(numbers) and np.maximum.reduce(numbers) <= high)
-
-
-@lru_cache(maxsize=64)
-def _bits(number: float) -> int:
-    return int(np.float64(number).view(np.uint64))
 
 
 def _lists(shape: tuple[int, ...]) -> int:
