@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import time
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
 
-from app.api.connections import MAX_HEAD_BYTES, MAX_PIPELINED
+from app.api.connections import MAX_HEAD_BYTES, MAX_PIPELINED, HttpConnection
 
 if TYPE_CHECKING:
     from conftest import Service
@@ -144,6 +150,62 @@ def test_unread_large_body_is_refused_before_it_is_sent(service: Service) -> Non
     received = talk(service, declared)
     assert received.startswith(b"HTTP/1.1 413")
     assert b"found 999999999999" in received
+
+
+def test_whole_and_in_pieces_are_answered_alike(service: Service) -> None:
+    """A request that arrives in one piece and one that does not, with and without a proxy, differ in nothing."""
+    head = POST.replace(b"Host: x", b"Host: x\r\nX-Request-Id: same\r\nConnection: close")
+    forwarded = head.replace(b"Host: x", b"Host: x\r\nX-Forwarded-For: 10.0.0.1")
+    request, half = head + BODY, len(head) + 40
+    with socket.create_connection(service.address, timeout=20) as connection:
+        connection.sendall(request[:half])
+        time.sleep(0.05)  # or both pieces may arrive as one
+        connection.sendall(request[half:])
+        in_pieces = b"".join(iter(lambda: connection.recv(65536), b""))
+    answers = [in_pieces, talk(service, request), talk(service, forwarded + BODY)]
+    bodies = [answer.partition(b"\r\n\r\n")[2] for answer in answers]
+    headers = [[line.partition(b":")[0] for line in answer.split(b"\r\n\r\n")[0].split(b"\r\n")] for answer in answers]
+    assert bodies[0] == bodies[1] == bodies[2]
+    assert headers[0] == headers[1] == headers[2]
+    assert b"x-request-id: same" in in_pieces
+
+
+def test_whoever_waits_to_be_told_to_go_on_is_told(service: Service) -> None:
+    """`Expect: 100-continue` is answered before the body comes."""
+    with socket.create_connection(service.address, timeout=20) as connection:
+        connection.sendall(POST.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue\r\nConnection: close"))
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(BODY)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_idle_connections_are_closed() -> None:
+    """Who was answered and says nothing for long is hung up on; who is answered only now is not."""
+
+    async def act() -> None:
+        connection = HttpConnection(uvicorn.Config(answer_nothing, http=HttpConnection), ServerState(), {})
+        transport = Mock(asyncio.Transport)
+        transport.is_closing.return_value = False
+        transport.get_extra_info.return_value = None
+        connection.connection_made(transport)
+        now = connection.loop.time()
+        connection.close_if_idle(now + 1000)
+        transport.close.assert_not_called()  # nothing was asked yet
+        connection.data_received(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.01)
+        assert transport.write.call_count
+        connection.close_if_idle(now + connection.timeout_keep_alive / 2)
+        transport.close.assert_not_called()
+        connection.close_if_idle(now + connection.timeout_keep_alive + 1)
+        transport.close.assert_called_once()
+
+    asyncio.run(act())
+
+
+async def answer_nothing(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """An application whose every answer is empty."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
 
 
 def test_upgrade_is_not_followed(service: Service) -> None:

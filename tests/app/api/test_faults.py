@@ -100,7 +100,7 @@ def waiting(service: Service, rows: int) -> Callable[[], bool]:
     batcher = service.app.state.catalog.batcher
 
     def in_flight() -> bool:
-        running = [part for batch in list(batcher._running.values()) for part in batch]
+        running = [part for batches in list(batcher._running.values()) for batch in batches for part in batch]
         asked = [part for part in running if labels_of(part.request.lane) is not None]
         return batcher.waiting_rows + sum(map(len, asked)) >= rows
 
