@@ -283,6 +283,8 @@ class HttpConnection(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         else:
             self.idle_since_s = self.loop.time()
+            if isinstance(self.cycle, WholeCycle):
+                self.cycle = None  # type: ignore[assignment]  # or an idle connection would keep the body
 
     def close_if_idle(self, now_s: float) -> None:
         """Closes the connection if it was idle for long."""

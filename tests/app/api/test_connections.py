@@ -194,6 +194,7 @@ def test_idle_connections_are_closed() -> None:
         connection.data_received(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
         await asyncio.sleep(0.01)
         assert transport.write.call_count
+        assert connection.cycle is None, "an idle connection keeps nothing of what it was asked"
         connection.close_if_idle(now + connection.timeout_keep_alive / 2)
         transport.close.assert_not_called()
         connection.close_if_idle(now + connection.timeout_keep_alive + 1)
