@@ -52,7 +52,7 @@ def knn_accuracy(train: Pictures, labels: Tensor, test: Pictures, test_labels: T
 
 def linear_probe_error(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, weight_decay: float) -> float:
     """Share of test items that multinomial logistic regression on codes gets wrong."""
-    return 1 - accuracy(train_head(train, labels, 10, weight_decay=weight_decay), test, test_labels)
+    return 1 - accuracy(train_head(train, labels, 10, weight_decay=weight_decay, alike=True), test, test_labels)
 
 
 def binarised(x: Tensor, key: str) -> Tensor:

@@ -56,13 +56,20 @@ class Classifier:
     baselines: dict[str, float]
 
 
-def train_head(z: Tensor, labels: Tensor, classes: int, *, weight_decay: float, hidden_size: int = 0) -> Head:
-    """A head fitted on float features, (items, features): AdamW on the cross-entropy, cosine schedule, seed 0."""
+def train_head(
+    z: Tensor, labels: Tensor, classes: int, *, weight_decay: float, hidden_size: int = 0, alike: bool = False
+) -> Head:
+    """A head fitted on float features, (items, features): AdamW on the cross-entropy, cosine schedule, seed 0.
+
+    Features are brought to the same deviation, or all divided `alike` by the average one: of sparse codes the first
+    would blow up units that are seldom active.
+    """
     noise = generator(0, "linear probe")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         head = Head(z.shape[1], classes, hidden_size)
-    head.scale.copy_(z.std(0, correction=0).clamp_min(1e-3))
+    variances = z.var(0, correction=0)
+    head.scale.copy_((variances.mean() if alike else variances).sqrt().clamp_min(1e-3))
     steps_per_epoch = math.ceil(len(z) / BATCH_SIZE)
     epochs = max(EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))
     optimiser = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=weight_decay)
