@@ -130,7 +130,6 @@ VAE = Measured(
     ),
 )
 TOP_K = Measured("q-topk", "sparse-topk")
-PROBE = Measured("q-topk-noise", "sparse-topk", ("corruption.gaussian_sigma_max=0.5", "optimisation.epochs=20"))
 U_NET = Measured("q-unet-denoiser", "unet-denoiser")
 SAMPLES = DENSE_32
 VAE_FAMILY = Measured("q-vae-preset", "vae", ("optimisation.epochs=15",))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -112,13 +112,15 @@ class Paired:
 class TopK:
     """A wide code of which each item keeps its `active` largest numbers.
 
-    A second pass with four times as many keeps units alive that would otherwise never be chosen.
+    In training a second pass keeps each unit's largest numbers over the batch, this share of it (`lifetime`): all units
+    are used alike, and none dies for never being among an item's largest.
 
-    Source: Makhzani & Frey 2014, arXiv:1312.5663; the second pass: Gao et al. 2024, arXiv:2406.04093, appendix A.4.
+    Source: Makhzani & Frey 2014, arXiv:1312.5663; the second pass: Makhzani & Frey 2015, arXiv:1409.2752.
     """
 
     latent_dim: PositiveInt
     active: PositiveInt
+    lifetime: Annotated[float, Field(gt=0, le=1)] = 0.05
 
     def build(self, feature_shape: tuple[int, ...]) -> Bottleneck:
         """The module for features of this shape. Raises TrainingError if more are active than there are."""
@@ -134,6 +136,7 @@ class _TopK(Bottleneck):
         super().__init__()
         self.latent_dim = config.latent_dim
         self.active = config.active
+        self.lifetime = config.lifetime
         self.code = nn.Linear(features, config.latent_dim)
         self.out = nn.Linear(config.latent_dim, features)
         with torch.no_grad():
@@ -141,25 +144,25 @@ class _TopK(Bottleneck):
             self.out.bias.zero_()
 
     def encode(self, features: Tensor) -> Tensor:
-        return self.keep(self.rates(features), self.active)
+        return self.keep(self.rates(features), self.active, 1)
 
     def rates(self, features: Tensor) -> Tensor:
         """All units' rates, before all but the largest are put to zero."""
         return torch.relu(self.code(features - self.out.bias))
 
-    def keep(self, rates: Tensor, active: int) -> Tensor:
-        """The rates with all but the largest at zero."""
-        values, indices = torch.topk(rates, active, dim=1)
-        return torch.zeros_like(rates).scatter(1, indices, values)
+    def keep(self, rates: Tensor, count: int, dim: int) -> Tensor:
+        """The rates with all but the largest at zero: so many of each item (1), or of each unit (0)."""
+        values, indices = torch.topk(rates, count, dim=dim)
+        return torch.zeros_like(rates).scatter(dim, indices, values)
 
     def decode(self, z: Tensor) -> Tensor:
         # Directions of length one: the penalty on many units cannot be dodged by small codes and large weights.
         return functional.linear(z, functional.normalize(self.out.weight, dim=0), self.out.bias)
 
     def passes(self, features: Tensor, z: Tensor) -> list[Pass]:
-        wide = self.keep(self.rates(features), min(self.latent_dim, 4 * self.active))
-        narrow, broad = self.decode(torch.cat([z, wide])).chunk(2)  # the directions are normalised once
-        return [Pass(narrow), Pass(broad, weight=1 / 8)]
+        shared = self.keep(self.rates(features), math.ceil(self.lifetime * len(features)), 0)
+        sparse, even = self.decode(torch.cat([z, shared])).chunk(2)  # the directions are normalised once
+        return [Pass(sparse), Pass(even)]
 
     @torch.no_grad()
     def prepare(self, features: Callable[[], Tensor]) -> None:

@@ -147,6 +147,18 @@ def test_sparse_topk_keeps_so_many(items: torch.Tensor) -> None:
     assert int((network.encode(items) != 0).sum(1).max()) <= 25
 
 
+def test_every_unit_of_a_sparse_code_learns(items: torch.Tensor) -> None:
+    """Units that are never among the largest of an item are still drawn towards what they answer most to."""
+    network = build_network(PRESETS["sparse-topk"], (1, 8, 8), seed=0).train()
+    code = network.bottleneck.code  # type: ignore[union-attr]
+    with torch.no_grad():
+        code.weight[:500] *= 1e-2  # type: ignore[operator, index, union-attr]
+        code.bias.fill_(0.1)  # type: ignore[operator, union-attr]
+    assert not bool(network.encode(items)[:, :500].any())
+    network.loss(items, None, items, Noise(generator(0, "posterior"))).backward()  # type: ignore[no-untyped-call]
+    assert bool(code.weight.grad[:500].any(1).all())  # type: ignore[union-attr, operator, index]
+
+
 def test_contraction_is_the_jacobians_norm(items: torch.Tensor) -> None:
     """Averaged over projections the penalty is the squared Frobenius norm of the encoder's Jacobian."""
     network = build_network(PRESETS["contractive"], (1, 8, 8), seed=0).eval()
