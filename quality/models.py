@@ -148,7 +148,7 @@ FAMILIES: tuple[tuple[Measured, int, str], ...] = (
     (_family("vae-tutorial", 5), 20, ""),
     (VAE_FAMILY, 16, ""),
     (_family("beta-vae", 6), 10, ""),
-    (_family("iwae", 3), 40, ""),
+    (_family("iwae", 15), 40, ""),
     (_family("conv", 2), 64, ""),
     (_family("conv-vae", 3), 32, ""),
     (_family("contractive", 4), 32, ""),
