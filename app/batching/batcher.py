@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -32,6 +33,9 @@ Observe = Callable[[Lane[Any, Any], "BatchRecord"], None]
 
 _TOGETHER_S = 0.002
 """For how long a batch may keep those of other lanes waiting that go to an executor together with it."""
+
+_REST_S = 0.005
+"""How long the event loop rests at most while there is no room; a deadline may be told so much later then."""
 
 _LONGEST_DUE_S = 1.0
 """When a request is due at the latest that waits from now on, or a caller with much time would be put off until it has
@@ -138,6 +142,8 @@ class Batcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._deadlines: Deadlines[_Request[Any, Any]] = Deadlines(self._expire)
+        self._rests = False  # or is about to
+        self._has_ended = threading.Event()  # a batch, since the last one began
         self._rows_per_s = 0.0  # moving average while busy; 0 until the first batch ran
 
     def __repr__(self) -> str:
@@ -227,10 +233,21 @@ class Batcher:
             self._queue.rows + rows > self._max_queue_rows
             or self._queue.bytes + rows * lane.row_bytes > self._max_queue_bytes
         ):
+            if not self._rests:
+                self._rests = True
+                self._loop.call_soon(self._rest)
             raise QueueFull(
                 f"queue: {self._queue.rows} rows of {self._queue.bytes} bytes wait, there is no room for {rows} more",
                 retry_after_s=self._drain_time_s(),
             )
+
+    def _rest(self) -> None:
+        """Lets what arrives gather for a moment, or until a batch ends: where all that comes is refused, each look at
+        it takes the processor from what runs, and finds its caches cold.
+        """
+        self._rests = False
+        if not self._free:
+            self._has_ended.wait(_REST_S)
 
     def _drain_time_s(self) -> float:
         """How long the queue needs to empty at the measured rate, in seconds, from 1 to 60."""
@@ -267,6 +284,7 @@ class Batcher:
                 if not part.start:
                     part.request.queued_s = now - part.request.enqueued_at
         slot = self._free.pop()
+        self._has_ended.clear()
         try:
             running = self._executors[slot].submit(_run_batches, batches, slot)
         except RuntimeError as error:  # the executor was shut down under us: nobody may be left waiting
@@ -276,9 +294,12 @@ class Batcher:
             return
         self._running[slot] = batches
         self._idle.clear()
-        running.add_done_callback(  # runs on the executor's thread
-            lambda done: loop.call_soon_threadsafe(self._finish, slot, batches, done)
-        )
+        running.add_done_callback(lambda done: self._ended(slot, batches, done))
+
+    def _ended(self, slot: int, batches: list[_Batch], done: Future[list[_Outcome]]) -> None:
+        """Called on the executor's thread."""
+        self._has_ended.set()
+        self._loop.call_soon_threadsafe(self._finish, slot, batches, done)
 
     def _finish(self, slot: int, batches: list[_Batch], done: Future[list[_Outcome]]) -> None:
         """Hands each request its rows; runs on the event loop, and frees the executor's slot, whatever happened."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import app.batching.batcher
 from app.batching.batcher import Batcher, BatchRecord
 from app.batching.queue import Lane
 from app.errors import DeadlineExceeded, Draining, InferenceFailed, PayloadTooLarge, QueueFull
@@ -204,6 +206,26 @@ def test_a_large_request_is_split_and_lets_others_in_between() -> None:
         assert model.batches == [[10, 11, 12, 13], [1, 14, 15, 16], [7], [17, 18, 19, 20], [21]]
 
     play(scene)
+
+
+def test_a_full_queue_rests_no_longer_than_a_batch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While there is no room the event loop lets arrivals gather, and goes on at once when there is some."""
+    monkeypatch.setattr(app.batching.batcher, "_REST_S", 15.0)
+
+    async def scene(batcher: Batcher) -> None:
+        model = Doubler(max_batch_size=1)
+        taken = []
+        for index in range(3):  # one runs, two wait
+            taken.append(asyncio.create_task(batcher.submit(model.lane, [index])))
+            await settle()
+        with pytest.raises(QueueFull):
+            await batcher.submit(model.lane, [3])
+        threading.Timer(0.05, model.open, [3]).start()
+        started = time.monotonic()
+        assert [(await request).results for request in taken] == [[0], [2], [4]]
+        assert 0.05 <= time.monotonic() - started < 10
+
+    play(scene, max_queue_rows=2)
 
 
 def test_lanes_never_share_a_batch() -> None:
