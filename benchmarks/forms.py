@@ -15,12 +15,8 @@ from benchmarks import load, wrk
 from benchmarks.processes import Server, free_port, running
 
 VALUES = 784
-_BINARY = {
-    "inputs": [
-        {"name": "input", "shape": [1, VALUES], "datatype": "FP32", "parameters": {"binary_data_size": 4 * VALUES}}
-    ],
-    "outputs": [{"name": "reconstruction", "parameters": {"binary_data": True}}],
-}
+MANY = 16
+"""Items of a request, beside one: how the forms compare once they, not the request, are what costs."""
 
 
 def numbers(index: int) -> list[float]:
@@ -36,34 +32,66 @@ def start(folder: Path, *command: str) -> AbstractContextManager[Server]:
 
 
 def measure(folder: Path, rounds: int, seconds: int, connections: int) -> None:
-    """Prints requests a second of each form, the forms taking turns, and how they compare."""
-    body = json.dumps({"instances": [numbers(1)]}).encode()
-    head = json.dumps(_BINARY).encode()
-    tensor = np.asarray(numbers(1), "<f4").tobytes()
+    """Prints requests a second of each form, the forms taking turns, and how they compare.
+
+    The promises are of one item a request; the same with `MANY` items is printed beside them.
+    """
     processes = os.cpu_count() or 1
     own = ("-m", "app", "serve", "--port", "PORT", "--workers", str(processes))
     plain = ("-m", "benchmarks.servers.plain", "PORT", str(processes))
+    servers = {"plain FastAPI, JSON": plain, "own JSON": own, "own binary tensors": own}
+    closed_loop = wrk.closed_loop if wrk.available() else load.closed_loop
+    found: dict[tuple[int, str], list[float]] = {}
+    for _ in range(rounds):
+        for name, command in servers.items():
+            with start(folder, *command) as server:
+                for items in (1, MANY):
+                    request = _requests(items)[name]
+                    closed_loop(server.port, [request], connections, 1)
+                    answered = closed_loop(server.port, [request], connections, seconds)
+                    assert not answered.failed, name
+                    found.setdefault((items, name), []).append(answered.per_s)
+    print(f"{VALUES} numbers in, {VALUES} out, mnist-basic, {connections} connections, {processes} processes each")
+    for items in (1, MANY):
+        print(f"{items} {'item' if items == 1 else 'items'} a request")
+        for name in servers:
+            rates = found[items, name]
+            print(f"  {name:20} {statistics.median(rates):7.0f} requests/s ({min(rates):.0f} to {max(rates):.0f})")
+        ratios = {
+            "own JSON is {} × plain FastAPI": _ratios(found, items, "own JSON", "plain FastAPI, JSON"),
+            "binary tensors are {} × own JSON": _ratios(found, items, "own binary tensors", "own JSON"),
+        }
+        for (text, values), promise in zip(ratios.items(), (5, 2), strict=True):
+            spread = f"{statistics.median(values):.1f} [{min(values):.1f}–{max(values):.1f}]"
+            print(f"  {text.format(spread)}" + (f" (promise: {promise})" if items == 1 else ""))
+
+
+def _ratios(found: dict[tuple[int, str], list[float]], items: int, name: str, other: str) -> list[float]:
+    """Within each round."""
+    return [mine / its for mine, its in zip(found[items, name], found[items, other], strict=True)]
+
+
+def _requests(items: int) -> dict[str, bytes]:
+    """The request of each form for so many items."""
+    rows = [numbers(index) for index in range(1, items + 1)]
+    body = json.dumps({"instances": rows}).encode()
+    tensor = np.asarray(rows, "<f4").tobytes()
+    binary = {
+        "inputs": [
+            {
+                "name": "input",
+                "shape": [items, VALUES],
+                "datatype": "FP32",
+                "parameters": {"binary_data_size": len(tensor)},
+            }
+        ],
+        "outputs": [{"name": "reconstruction", "parameters": {"binary_data": True}}],
+    }
+    head = json.dumps(binary).encode()
     length = f"Inference-Header-Content-Length: {len(head)}"
     infer = "/v2/models/mnist-basic/infer"
-    contenders = {
-        "plain FastAPI, JSON": (plain, load.http_request("/reconstruct", body, "application/json")),
-        "own JSON": (own, load.http_request("/reconstruct?model=mnist-basic", body, "application/json")),
-        "own binary tensors": (own, load.http_request(infer, head + tensor, "application/octet-stream", [length])),
+    return {
+        "plain FastAPI, JSON": load.http_request("/reconstruct", body, "application/json"),
+        "own JSON": load.http_request("/reconstruct?model=mnist-basic", body, "application/json"),
+        "own binary tensors": load.http_request(infer, head + tensor, "application/octet-stream", [length]),
     }
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    closed_loop = wrk.closed_loop if wrk.available() else load.closed_loop
-    for _ in range(rounds):
-        for name, (command, request) in contenders.items():
-            with start(folder, *command) as server:
-                closed_loop(server.port, [request], connections, 1)
-                answered = closed_loop(server.port, [request], connections, seconds)
-                assert not answered.failed, name
-                found[name].append(answered.per_s)
-    print(f"{VALUES} numbers in, {VALUES} out, mnist-basic, {connections} connections, {processes} processes each")
-    medians = {name: statistics.median(rates) for name, rates in found.items()}
-    for name, rates in found.items():
-        print(f"  {name:20} {medians[name]:7.0f} requests/s ({min(rates):.0f} to {max(rates):.0f})")
-    json_ratio = medians["own JSON"] / medians["plain FastAPI, JSON"]
-    binary_ratio = medians["own binary tensors"] / medians["own JSON"]
-    print(f"  own JSON is {json_ratio:.1f} × plain FastAPI (promise: 5)")
-    print(f"  binary tensors are {binary_ratio:.1f} × own JSON (promise: 2)")

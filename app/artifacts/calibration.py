@@ -101,7 +101,7 @@ class Tail:
 
     def score_at(self, rate: float) -> float:
         """The score that this share of normal items exceeds."""
-        return self.start + self.scale * math.log(self.share / rate)
+        return self.start + self.scale * (math.log(self.share) - math.log(rate))  # their ratio may be too large
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,16 @@ def test_a_tail_model_reaches_beyond_the_scores() -> None:
     assert not calibration.verdicts(many[:10], 0.01).extrapolated
 
 
+@pytest.mark.parametrize("rate", [5e-324, 1e-300])
+def test_the_smallest_rates_have_a_threshold(rate: float) -> None:
+    """A rate next to zero is a rate: its threshold is a number, above all scores."""
+    normal = np.random.default_rng(0).exponential(size=1000).astype(np.float32)
+    calibration = Calibration.from_scores(normal, Tail.fit(np.sort(normal)))
+    verdicts = calibration.verdicts(np.array([1.0, 3000.0], np.float32), rate)
+    assert normal.max() < verdicts.threshold < 3000
+    assert verdicts.is_anomaly.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("scores", [np.arange(99), np.zeros(5000)], ids=["few", "alike"])
 def test_no_tail_is_made_up(scores: np.ndarray) -> None:
     """Too few scores, or scores that do not differ, have no tail to go by."""
