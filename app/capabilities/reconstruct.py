@@ -29,12 +29,18 @@ class Reconstructed(BaseModel):
 @router.items("/reconstruct", capability=Capability.RECONSTRUCT, answers=Reconstructed, query=ItemsQuery)
 async def reconstruct(items: Items, model: Model, query: ItemsQuery) -> Results:
     """Encode each item and decode it again."""
-    (reconstruction,) = await model.run(Capability.RECONSTRUCT, items.values)  # (n, *shape)
+    reconstruction = await reconstructions(items, model)
     return Results(
         {"reconstruction": reconstruction, "reconstruction_error": _mean_squares(items.values, reconstruction)},
         main=reconstruction,
         pictures="reconstruction",
     )
+
+
+async def reconstructions(items: Items, model: Model) -> NDArray[np.float32]:
+    """Each item's reconstruction alone, (n, *shape)."""
+    (reconstruction,) = await model.run(Capability.RECONSTRUCT, items.values)
+    return reconstruction
 
 
 def _mean_squares(items: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:

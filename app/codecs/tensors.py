@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -78,22 +79,38 @@ def parse_infer_request(data: bytes, header_length: str | None, takes: dict[str,
     Raises MalformedPayload, InvalidInput, ShapeMismatch or InvalidParameter.
     """
     split = len(data) if header_length is None else _header_length(header_length, len(data))
-    document = parse_json(data[:split])
-    if not isinstance(document, dict):
-        raise InvalidInput('body: expected an object {"inputs": […]}')
-    parameters = _object(document, "parameters", "body")
-    identity = document.get("id", "")
-    if not isinstance(identity, str):
-        raise InvalidInput("id: expected a string")
+    head = _short_head(data[:split]) if header_length is not None and split <= _SHORT else _head(data[:split])
     tail = _Tail(data, split)
     inputs: dict[str, Tensor] = {}
-    for entry in _entries(document, "inputs"):
+    for entry in head.inputs:
         tensor = _tensor(entry, takes, tail)
         if tensor.name in inputs:
             raise InvalidInput(f"inputs: {tensor.name} is given more than once")
         inputs[tensor.name] = tensor
     if tail.left:
         raise MalformedPayload(f"body: unexpected additional input data: {tail.left} bytes behind the last input")
+    return InferRequest(inputs, head.outputs, head.id, head.parameters, head.binary)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A request's JSON; what it says of its inputs is not looked at yet."""
+
+    inputs: list[dict[str, Any]]
+    outputs: tuple[WantedOutput, ...] | None
+    id: str
+    parameters: dict[str, Any]
+    binary: bool
+
+
+def _head(data: bytes) -> _Head:
+    document = parse_json(data)
+    if not isinstance(document, dict):
+        raise InvalidInput('body: expected an object {"inputs": […]}')
+    parameters = _object(document, "parameters", "body")
+    identity = document.get("id", "")
+    if not isinstance(identity, str):
+        raise InvalidInput("id: expected a string")
     outputs = None
     if document.get("outputs"):
         outputs = tuple(_wanted(entry) for entry in _entries(document, "outputs"))
@@ -102,7 +119,11 @@ def parse_infer_request(data: bytes, header_length: str | None, takes: dict[str,
     binary = parameters.get("binary_data_output", False)
     if not isinstance(binary, bool):
         raise InvalidParameter("binary_data_output: expected true or false")
-    return InferRequest(inputs, outputs, identity, parameters, binary)
+    return _Head(_entries(document, "inputs"), outputs, identity, parameters, binary)
+
+
+_SHORT = 1024
+_short_head = lru_cache(maxsize=256)(_head)  # what a client sends before its tensors is the same every time
 
 
 def encode_infer_answer(answer: dict[str, Any], outputs: Sequence[tuple[Tensor, bool]]) -> tuple[bytes, int | None]:

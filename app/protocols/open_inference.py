@@ -11,7 +11,7 @@ import math
 import re
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -37,7 +37,7 @@ from app.capabilities.decode import decode_latents
 from app.capabilities.denoise import denoise
 from app.capabilities.encode import EncodeQuery, encode
 from app.capabilities.inpaint import inpaint
-from app.capabilities.reconstruct import reconstruct
+from app.capabilities.reconstruct import reconstruct, reconstructions
 from app.capabilities.sample import SampleRequest, draw
 from app.codecs.bodies import Body
 from app.codecs.items import Items, check_rows
@@ -141,7 +141,7 @@ async def infer(request: Request) -> Response:
             outputs = _chosen(found, served)
             given = _given(found, served.manifest, settings.max_queue_rows)
             decoded = time.perf_counter()
-            results = await _run({output.capability: output for output in outputs}, given, model)
+            results = await _run(outputs, given, model)
         ran = time.perf_counter()
         asked = {output.name: output.binary for output in found.outputs or ()}
         tensors = []
@@ -267,7 +267,7 @@ def _chosen(found: InferRequest, served: ServedModel) -> list[Output]:
     return chosen
 
 
-_PLAIN_QUERY, _PLAIN_SAMPLE = AnomalyQuery(), SampleRequest()
+_PLAIN_QUERY, _PLAIN_ITEMS, _PLAIN_SAMPLE = AnomalyQuery(), ItemsQuery(), SampleRequest()
 
 
 def _given(found: InferRequest, manifest: Manifest, max_rows: int) -> _Given:
@@ -330,39 +330,48 @@ def _masks(tensor: Tensor, manifest: Manifest, items: int) -> NDArray[np.float32
     return np.broadcast_to(masks, (items, *masks.shape[1:]))
 
 
-_Answer = Callable[[_Given, Model], Awaitable[Results]]
+_Answer = Callable[[_Given, Model, list[str]], Awaitable[Results]]
+"""Results with at least the columns that are named."""
 
 
 def _on_items(endpoint: Callable[[Items, Model, Any], Awaitable[Results]], query: ItemsQuery) -> _Answer:
-    async def answer(given: _Given, model: Model) -> Results:
+    async def answer(given: _Given, model: Model, _columns: list[str]) -> Results:
         return await endpoint(cast("Items", given.items), model, query)
 
     return answer
 
 
-async def _score(given: _Given, model: Model) -> Results:
+async def _reconstruct(given: _Given, model: Model, columns: list[str]) -> Results:
+    items = cast("Items", given.items)
+    if columns != ["reconstruction"]:
+        return await reconstruct(items, model, _PLAIN_ITEMS)
+    values = await reconstructions(items, model)
+    return Results({"reconstruction": values}, main=values)
+
+
+async def _score(given: _Given, model: Model, _columns: list[str]) -> Results:
     return await anomaly_score(cast("Items", given.items), model, given.anomaly)
 
 
-async def _map(given: _Given, model: Model) -> Results:
+async def _map(given: _Given, model: Model, _columns: list[str]) -> Results:
     maps = await heatmaps(cast("Items", given.items), model)
     maps = maps[:, 0] if maps.ndim == 4 else maps  # (n, height, width), or (n, features)
     return Results({"heatmap": maps}, main=maps)
 
 
-async def _decode(given: _Given, model: Model) -> Results:
+async def _decode(given: _Given, model: Model, _columns: list[str]) -> Results:
     return await decode_latents(cast("NDArray[np.float32]", given.latents), model)
 
 
-async def _sample(given: _Given, model: Model) -> Results:
+async def _sample(given: _Given, model: Model, _columns: list[str]) -> Results:
     return await draw(given.sample, model)
 
 
 _ANSWERS: dict[Capability, _Answer] = {
     Capability.ENCODE: _on_items(encode, EncodeQuery()),
-    Capability.RECONSTRUCT: _on_items(reconstruct, ItemsQuery()),
-    Capability.DENOISE: _on_items(denoise, ItemsQuery()),
-    Capability.INPAINT: _on_items(inpaint, ItemsQuery()),
+    Capability.RECONSTRUCT: _reconstruct,
+    Capability.DENOISE: _on_items(denoise, _PLAIN_ITEMS),
+    Capability.INPAINT: _on_items(inpaint, _PLAIN_ITEMS),
     Capability.ANOMALY_SCORE: _score,
     Capability.ANOMALY_MAP: _map,
     Capability.DECODE: _decode,
@@ -370,16 +379,21 @@ _ANSWERS: dict[Capability, _Answer] = {
 }
 
 
-async def _run(capabilities: Iterable[Capability], given: _Given, model: Model) -> dict[Capability, Results]:
-    """The results of each capability, all of them waiting at once; the first that fails fails the request."""
-    wanted = list(capabilities)
-    if len(wanted) == 1:
-        return {wanted[0]: await _ANSWERS[wanted[0]](given, model)}
+async def _run(outputs: list[Output], given: _Given, model: Model) -> dict[Capability, Results]:
+    """The results of each output's capability, all of them waiting at once; the first that fails fails the request."""
+    columns: dict[Capability, list[str]] = {}
+    for output in outputs:
+        columns.setdefault(output.capability, []).append(output.column)
+    if len(columns) == 1:
+        ((capability, names),) = columns.items()
+        return {capability: await _ANSWERS[capability](given, model, names)}
     try:
         async with asyncio.TaskGroup() as group:
             tasks = {
-                capability: group.create_task(cast("Coroutine[Any, Any, Results]", _ANSWERS[capability](given, model)))
-                for capability in wanted
+                capability: group.create_task(
+                    cast("Coroutine[Any, Any, Results]", _ANSWERS[capability](given, model, names))
+                )
+                for capability, names in columns.items()
             }
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
