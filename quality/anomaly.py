@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from scipy.stats import betabinom, ks_2samp  # type: ignore[import-untyped]
+from scipy.stats import betabinom, ks_2samp  # type: ignore[import-untyped]  # has no types
 from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score

@@ -44,7 +44,7 @@ def pca_mse(fitted: Any, x: Tensor) -> float:
 
 def knn_accuracy(train: Pictures, labels: Tensor, test: Pictures, test_labels: Tensor) -> float:
     """Of the majority among the 5 nearest training codes, Euclidean."""
-    from sklearn.neighbors import KNeighborsClassifier  # noqa: PLC0415
+    from sklearn.neighbors import KNeighborsClassifier  # noqa: PLC0415  slow to import, for one figure
 
     model = KNeighborsClassifier(5, algorithm="brute").fit(train, labels.numpy())
     return float(model.score(test, test_labels.numpy()))
@@ -85,7 +85,7 @@ def mean_psnr(found: Pictures | Tensor, clean: Tensor) -> float:
 
 def denoisers() -> dict[str, dict[str, Callable[[Pictures], Pictures]]]:
     """scikit-image's, each with its grid of strengths; what clipping added to the black is subtracted again."""
-    from skimage.restoration import (  # noqa: PLC0415
+    from skimage.restoration import (  # noqa: PLC0415  slow to import, for one figure
         denoise_nl_means,
         denoise_tv_chambolle,
         denoise_wavelet,
@@ -126,7 +126,7 @@ def noisy_psnr(exported: ExportedModule, x: Tensor, kind: str) -> tuple[float, f
 
 def biharmonic_psnr(x: Tensor, mask: Tensor) -> float:
     """Of scikit-image's biharmonic inpainting, in the holes."""
-    from skimage.restoration import inpaint_biharmonic  # noqa: PLC0415
+    from skimage.restoration import inpaint_biharmonic  # noqa: PLC0415  slow to import, for one figure
 
     filled = [inpaint_biharmonic(item[0].numpy(), hole[0].numpy() > 0) for item, hole in zip(x, mask, strict=True)]
     return psnr_inside_db(torch.from_numpy(np.stack(filled)[:, None]).float().clamp(0, 1), x, mask)

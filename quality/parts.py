@@ -317,7 +317,7 @@ def _classifier(x: Tensor, y: Tensor) -> nn.Module:
             down, right = (int(v) for v in torch.randint(-1, 2, (2,), generator=noise))
             loss = nn.functional.cross_entropy(model(torch.roll(x[indices], (down, right), (2, 3))), y[indices])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
             optimiser.step()
             schedule.step()
     return model.eval()

@@ -43,16 +43,16 @@ class Budget:
 
 def pythae(kind: str, train: Any, test: Any, budget: Budget) -> dict[str, float]:
     """Test MSE, and of the VAE the mean loss, which is −ELBO."""
-    from pythae.data.datasets import BaseDataset  # noqa: PLC0415
-    from pythae.models import AE, VAE, AEConfig, VAEConfig  # noqa: PLC0415
-    from pythae.models.base.base_utils import ModelOutput  # noqa: PLC0415
-    from pythae.models.nn import BaseDecoder, BaseEncoder  # noqa: PLC0415
-    from pythae.trainers import BaseTrainer, BaseTrainerConfig  # noqa: PLC0415
-    from pythae.trainers.training_callbacks import TrainingCallback  # noqa: PLC0415
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import AE, VAE, AEConfig, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+    from pythae.trainers.training_callbacks import TrainingCallback
 
     latent = LATENT[kind]
 
-    class Encoder(BaseEncoder):  # type: ignore[misc]
+    class Encoder(BaseEncoder):
         def __init__(self) -> None:
             super().__init__()
             a, b = HIDDEN
@@ -63,7 +63,7 @@ def pythae(kind: str, train: Any, test: Any, budget: Budget) -> dict[str, float]
             h = self.body(x)
             return ModelOutput(embedding=self.mu(h), log_covariance=self.log_var(h))
 
-    class Decoder(BaseDecoder):  # type: ignore[misc]
+    class Decoder(BaseDecoder):
         def __init__(self) -> None:
             super().__init__()
             a, b = HIDDEN
@@ -74,7 +74,7 @@ def pythae(kind: str, train: Any, test: Any, budget: Budget) -> dict[str, float]
         def forward(self, z: Any) -> Any:
             return ModelOutput(reconstruction=self.body(z).view(-1, 1, 28, 28))
 
-    class Watch(TrainingCallback):  # type: ignore[misc]
+    class Watch(TrainingCallback):
         def on_train_step_end(self, training_config: Any, **_: Any) -> None:
             budget.spend(training_config.per_device_train_batch_size)
 
@@ -110,12 +110,12 @@ def pythae(kind: str, train: Any, test: Any, budget: Budget) -> dict[str, float]
 
 def pyod(kind: str, train: Any, test: Any, budget: Budget) -> dict[str, Any]:
     """Anomaly scores of the test items."""
-    from pyod.models.auto_encoder import AutoEncoder  # noqa: PLC0415
-    from pyod.models.vae import VAE  # noqa: PLC0415
+    from pyod.models.auto_encoder import AutoEncoder
+    from pyod.models.vae import VAE
 
     made: type[Any] = VAE if kind == "vae" else AutoEncoder
 
-    class Watched(made):  # type: ignore[misc]
+    class Watched(made):
         def training_forward(self, batch_data: Any) -> Any:
             budget.spend(len(batch_data))
             return super().training_forward(batch_data)

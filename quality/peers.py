@@ -66,7 +66,7 @@ def negative_elbo(network: Autoencoder, test: Tensor) -> float:
 
 def auroc(scores: Any, is_normal: Tensor) -> float:
     """That a strange picture scores higher than a normal one."""
-    from sklearn.metrics import roc_auc_score  # noqa: PLC0415
+    from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(~is_normal.numpy(), np.asarray(scores)))
 

@@ -31,7 +31,7 @@ from training.run import open_artifact
 Array = NDArray[Any]
 
 
-class _Estimator(BaseEstimator):  # type: ignore[misc]
+class _Estimator(BaseEstimator):
     """What both have in common: where the network comes from, and how records reach it.
 
     Args:
@@ -71,7 +71,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
                 self.network_ = self._train(torch.from_numpy(np.array(x, dtype=np.float32)))
         except TrainingError as error:
             raise ValueError(str(error)) from error
-        return x  # type: ignore[no-any-return]
+        return x
 
     def _train(self, items: Tensor) -> Autoencoder:
         preset = override(get_preset(self.preset), self.settings)
@@ -123,21 +123,21 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
         return ExportedModule(self.artifact_.model)
 
 
-class AutoencoderTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # type: ignore[misc]
+class AutoencoderTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):
     """Records to latent vectors, and back."""
 
-    def fit(self, X: Any, y: None = None) -> Self:  # noqa: N803  # scikit-learn's names
+    def fit(self, X: Any, y: None = None) -> Self:  # scikit-learn's names
         """Trains on X, (samples, features), or opens the artifact. Raises ValueError."""
         del y
         x = self._fit(X, Capability.ENCODE)
         self._n_features_out = self._run("encode", x[:1]).shape[1]
         return self
 
-    def transform(self, X: Any) -> Array:  # noqa: N803
+    def transform(self, X: Any) -> Array:
         """(samples, features) → (samples, latent_dim)."""
         return self._run("encode", X)
 
-    def inverse_transform(self, X: Any) -> Array:  # noqa: N803
+    def inverse_transform(self, X: Any) -> Array:
         """(samples, latent_dim) → (samples, features). Raises ValueError for an artifact that cannot decode."""
         check_is_fitted(self, "n_features_in_")
         z = np.asarray(X)
@@ -151,7 +151,7 @@ class AutoencoderTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, 
         return found.flatten(1).numpy()
 
 
-class AutoencoderOutlierDetector(OutlierMixin, _Estimator):  # type: ignore[misc]
+class AutoencoderOutlierDetector(OutlierMixin, _Estimator):
     """Which records are unlike the rest.
 
     Args:
@@ -178,7 +178,7 @@ class AutoencoderOutlierDetector(OutlierMixin, _Estimator):  # type: ignore[misc
         )
         self.contamination = contamination
 
-    def fit(self, X: Any, y: None = None) -> Self:  # noqa: N803
+    def fit(self, X: Any, y: None = None) -> Self:
         """Trains on X, (samples, features), or opens the artifact. Raises ValueError."""
         del y
         if not 0 < self.contamination <= 0.5:
@@ -190,15 +190,15 @@ class AutoencoderOutlierDetector(OutlierMixin, _Estimator):  # type: ignore[misc
             self.offset_ = _calibrated_offset(self.artifact_, self.contamination)
         return self
 
-    def score_samples(self, X: Any) -> Array:  # noqa: N803
+    def score_samples(self, X: Any) -> Array:
         """The opposite of the anomaly score: lower is more anomalous, (samples,)."""
         return -self._run("score", X)
 
-    def decision_function(self, X: Any) -> Array:  # noqa: N803
+    def decision_function(self, X: Any) -> Array:
         """`score_samples` less `offset_`: negative for outliers, (samples,)."""
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X: Any) -> NDArray[np.int64]:  # noqa: N803
+    def predict(self, X: Any) -> NDArray[np.int64]:
         """1 for inliers, -1 for outliers, (samples,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 

@@ -181,7 +181,7 @@ class ExportedModule:
         self.device = torch.device(device)
         with _deprecation_silenced():
             try:
-                self._module = torch.jit.load(io.BytesIO(data), map_location=self.device).eval()  # type: ignore[no-untyped-call]
+                self._module = torch.jit.load(io.BytesIO(data), map_location=self.device).eval()  # type: ignore[no-untyped-call]  # torch's
             except RuntimeError as error:
                 raise TrainingError(f"model.pt: not a TorchScript archive: {str(error).splitlines()[0]}") from error
 
@@ -410,7 +410,7 @@ def export_classifier(model: bytes, head: nn.Module) -> bytes:
         head: (batch, latent_dim) → (batch, classes), logits.
     """
     with _deprecation_silenced():
-        encoder = torch.jit.load(io.BytesIO(model)).eval()  # type: ignore[no-untyped-call]
+        encoder = torch.jit.load(io.BytesIO(model)).eval()  # type: ignore[no-untyped-call]  # torch's
         scripted = torch.jit.script(_Classify(encoder, head).eval())
         buffer = io.BytesIO()
         torch.jit.save(scripted, buffer)

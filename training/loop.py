@@ -168,7 +168,7 @@ def train(  # noqa: PLR0915  # one function, read top to bottom
                 share = loss * (len(target) / len(indices)) if len(target) else loss.nan_to_num() * 0
                 for parameter in parameters:
                     parameter.grad = None
-                share.backward()  # type: ignore[no-untyped-call]
+                share.backward()  # type: ignore[no-untyped-call]  # torch's
                 state.elapsed_s, stopping = processes.agree(time.perf_counter() - started, stop())
                 share = processes.sum_gradients(network, share.detach().float())
                 if optimisation.clip_norm:

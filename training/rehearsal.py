@@ -79,7 +79,7 @@ def _activation_values(network: nn.Module, item: Tensor, device: torch.device) -
     leaves = [module for module in network.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(count) for module in leaves]
     try:
-        network.reconstruct((item.float() / 255 if item.dtype == torch.uint8 else item).to(device))  # type: ignore[operator]
+        network.reconstruct((item.float() / 255 if item.dtype == torch.uint8 else item).to(device))  # type: ignore[operator]  # torch finds it
     finally:
         for hook in hooks:
             hook.remove()

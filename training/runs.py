@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -194,8 +195,6 @@ def settings_of_toml(path: Path) -> list[str]:
 
     Raises TrainingError.
     """
-    import tomllib  # noqa: PLC0415
-
     try:
         tables = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

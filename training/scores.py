@@ -526,7 +526,7 @@ class Scorer(nn.Module):
 
     def evidence(self, seen: dict[str, Tensor]) -> Tensor:
         """Each part of the score, (batch, parts): −log₁₀ of how many normal items are so unusual in it."""
-        return self.tails(self.raw(seen))  # type: ignore[no-any-return]
+        return self.tails(self.raw(seen))
 
     def raw(self, seen: dict[str, Tensor]) -> Tensor:
         """Each part's value before it is set against those of normal items, (batch, parts)."""

@@ -61,9 +61,9 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
 
 def _columns(path: Path, label_column: str | None) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[str, ...]]:
     import pyarrow as pa  # noqa: PLC0415  # slow to import, and only these files need it
-    import pyarrow.compute as pc  # noqa: PLC0415
-    import pyarrow.csv  # noqa: PLC0415
-    import pyarrow.parquet  # noqa: PLC0415
+    import pyarrow.compute as pc  # noqa: PLC0415  slow to import, and seldom needed
+    import pyarrow.csv  # noqa: PLC0415  slow to import, and seldom needed
+    import pyarrow.parquet  # noqa: PLC0415  slow to import, and seldom needed
 
     try:
         table = pa.csv.read_csv(path) if path.suffix.lower() == ".csv" else pa.parquet.read_table(path)

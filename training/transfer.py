@@ -78,7 +78,7 @@ def train_head(
         for indices in torch.split(torch.randperm(len(z), generator=noise), BATCH_SIZE):
             loss = nn.functional.cross_entropy(head(z[indices]), labels[indices])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
             optimiser.step()
             schedule.step()
     return head.eval()

@@ -413,7 +413,7 @@ def _answer_model(answers: type[BaseModel], beside: dict[str, Any]) -> type[Base
         model=(str, Field(description="Name of the model that answered.")),
         version=(int, Field(description="Its version.")),
         **beside,
-        results=(list[answers], Field(description="In the order of the items.")),  # type: ignore[valid-type]
+        results=(list[answers], Field(description="In the order of the items.")),  # type: ignore[valid-type]  # a class, made as this runs
     )
 
 

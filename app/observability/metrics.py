@@ -40,7 +40,7 @@ class _Histogram(Histogram):
         """Observes all of them at the price of one: each value of a metric that is written locks, and with several
         workers goes to a file.
         """
-        self._raise_if_not_observable()  # type: ignore[no-untyped-call]
+        self._raise_if_not_observable()  # type: ignore[no-untyped-call]  # prometheus_client's
         self._sum.inc(sum(amounts))
         for index, count in collections.Counter(bisect_left(self._upper_bounds, amount) for amount in amounts).items():
             self._buckets[index].inc(count)

@@ -78,10 +78,10 @@ class _Dense(Bottleneck):
         self.out = nn.Linear(config.latent_dim, features)
 
     def encode(self, features: Tensor) -> Tensor:
-        return self.activation(self.code(features))  # type: ignore[no-any-return]
+        return self.activation(self.code(features))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.out(z)  # type: ignore[no-any-return]
+        return self.out(z)
 
     def standardise(self, z: Tensor) -> None:
         if isinstance(self.activation, nn.Identity):
@@ -200,7 +200,7 @@ class _Memory(Bottleneck):
         self.entropy = config.entropy
 
     def encode(self, features: Tensor) -> Tensor:
-        return self.code(features)  # type: ignore[no-any-return]
+        return self.code(features)
 
     def address(self, z: Tensor) -> Tensor:
         """Shares of the slots, (batch, slots), summing to one."""
@@ -212,7 +212,7 @@ class _Memory(Bottleneck):
         return weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.out(self.address(z) @ self.slots)  # type: ignore[no-any-return]
+        return self.out(self.address(z) @ self.slots)
 
     def passes(self, features: Tensor, z: Tensor) -> list[Pass]:
         del features
@@ -256,7 +256,7 @@ class _Quantised(Bottleneck):
         self.weight = config.weight
 
     def encode(self, features: Tensor) -> Tensor:
-        return self.code(unflatten(features, self.map)).flatten(1)  # type: ignore[no-any-return]
+        return self.code(unflatten(features, self.map)).flatten(1)
 
     def places(self, z: Tensor) -> Tensor:
         """The vectors of a map, (batch · places, channels)."""
@@ -275,7 +275,7 @@ class _Quantised(Bottleneck):
         return entries.reshape(shape).permute(0, 3, 1, 2).flatten(1)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.out(unflatten(self.quantise(z), self.latent)).flatten(1)  # type: ignore[no-any-return]
+        return self.out(unflatten(self.quantise(z), self.latent)).flatten(1)
 
     def passes(self, features: Tensor, z: Tensor) -> list[Pass]:
         del features
@@ -336,7 +336,7 @@ class GaussianBottleneck(Bottleneck):
 
     def encode(self, features: Tensor) -> Tensor:
         """The posterior's mean, never a draw: (batch, features) → (batch, latent_dim)."""
-        return self.mu(features)  # type: ignore[no-any-return]
+        return self.mu(features)
 
     def posterior(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """`mu` and clamped `log_var` of q(z|x), each (batch, latent_dim), in float32."""
@@ -345,7 +345,7 @@ class GaussianBottleneck(Bottleneck):
 
     def decode(self, z: Tensor) -> Tensor:
         """(batch, latent_dim) → (batch, features)."""
-        return self.out(z)  # type: ignore[no-any-return]
+        return self.out(z)
 
 
 @dataclass(frozen=True)

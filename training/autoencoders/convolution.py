@@ -61,4 +61,4 @@ class _Decoder(nn.Module):
         self.stages = stages
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.stages(unflatten(features, self.first))  # type: ignore[no-any-return]
+        return self.stages(unflatten(features, self.first))

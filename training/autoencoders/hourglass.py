@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from training.autoencoders.autoencoder import Autoencoder, Figure, Kind, kind_of, pooled
-from training.autoencoders.bottlenecks import BottleneckConfig, GaussianBottleneck, NoBottleneck, Surroundings
+from training.autoencoders.bottlenecks import BottleneckConfig, Gaussian, GaussianBottleneck, NoBottleneck, Surroundings
 from training.autoencoders.convolution import Convolution
 from training.autoencoders.mlp import Mlp
 from training.autoencoders.unet import UNet
@@ -152,7 +152,7 @@ class Hourglass(Autoencoder):
 
     def standardise(self, x: Tensor) -> Tensor:
         """Records in units of each feature's deviation, pictures as they are."""
-        return self.scaling(x)  # type: ignore[no-any-return]
+        return self.scaling(x)
 
     def trace(self, x: Tensor) -> Tensor:
         """The hidden layers' answers, maps shrunk to 4 × 4, and the latent vector."""
@@ -246,6 +246,8 @@ class VariationalHourglass(Hourglass):
 
     def __init__(self, item_shape: tuple[int, ...], blocks: Blocks) -> None:
         super().__init__(item_shape, blocks)
+        if not isinstance(blocks.bottleneck, Gaussian):
+            raise TrainingError("bottleneck: expected a gaussian one")
         self._config = blocks.bottleneck
         self._kl_weight = 1.0
         if self.likelihood == "mse":
@@ -259,7 +261,7 @@ class VariationalHourglass(Hourglass):
 
     def advance(self, fraction: float) -> None:
         """So much of the training is done: the KL term's weight follows."""
-        warmup = self._config.warmup_fraction  # type: ignore[union-attr]
+        warmup = self._config.warmup_fraction
         self._kl_weight = min(1.0, fraction / warmup) if warmup else 1.0
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +270,7 @@ class VariationalHourglass(Hourglass):
 
     def logits(self, z: Tensor) -> Tensor:
         """(batch, latent_dim) → the decoder's output, (batch, *item)."""
-        return self.decoder(self.bottleneck.decode(z))  # type: ignore[no-any-return]
+        return self.decoder(self.bottleneck.decode(z))
 
     def log_weights(self, x: Tensor, target: Tensor, draws: int, noise: Noise) -> Tensor:
         """Log p(x, z) − log q(z|x) of draws from the posterior, (batch, draws): the importance weights."""
@@ -289,15 +291,15 @@ class VariationalHourglass(Hourglass):
         if self.binarise:
             target = (noise.uniform(*target.shape) < target).to(target.dtype)
             x = target
-        if config.importance_samples > 1:  # type: ignore[union-attr]
-            weights = self.log_weights(x, target, config.importance_samples, noise)  # type: ignore[union-attr]
+        if config.importance_samples > 1:
+            weights = self.log_weights(x, target, config.importance_samples, noise)
             return (math.log(weights.shape[1]) - weights.logsumexp(1)).mean()
         mu, log_var = self.posterior(x)
         z = mu + (0.5 * log_var).exp() * noise.normal(*mu.shape)
         kl = kl_divergence_by_dimension(mu, log_var)  # (batch, latent_dim)
-        if config.free_bits:  # type: ignore[union-attr]
-            kl = kl.mean(0, keepdim=True).clamp_min(config.free_bits)  # type: ignore[union-attr]
-        weight = self._kl_weight * config.beta  # type: ignore[union-attr]
+        if config.free_bits:
+            kl = kl.mean(0, keepdim=True).clamp_min(config.free_bits)
+        weight = self._kl_weight * config.beta
         return self.error(self.logits(z), target).mean() + weight * kl.sum(1).mean()
 
     def nats(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
