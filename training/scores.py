@@ -39,6 +39,8 @@ FITTING_ITEMS = 6000  # of the training part: what the parts' constants are take
 LEAST_INK = 0.25  # of the median item's: blank pictures would divide by nothing
 TAIL_SHARE, FEWEST_IN_TAIL = 0.05, 5
 KNOTS = 200
+LEAST_SHAPE, MOST_SHAPE = 0.05, 2.0  # of the tails: relative scatter of the values beyond the top ones
+STEEPEST = 1 / (LEAST_SHAPE * math.log(10))  # evidence by relative change of a value
 NEAREST = 5
 LEAST_SPREAD = 1e-4  # of what is typical
 WHITENING_FLOOR = 1e-6  # of the largest variance
@@ -285,9 +287,10 @@ PARTS: dict[PartName, type[Part]] = {
 class Tails(nn.Module):
     """Values of parts as evidence: −log₁₀ of the share of held-out normal items that have such a value or a higher.
 
-    Between the values of those items it is interpolated. Beyond the top 5 % of them the share falls as a power of the
-    value (Hill 1975, doi:10.1214/aos/1176343247), so that evidence goes on growing where the data ends. Not fitted, it
-    leaves values as they are.
+    Between the values of those items it is interpolated, nowhere more steeply than it can be beyond them: few items, of
+    which two happen to be almost alike, would make a difference out of the values' rounding. Beyond the top 5 % of them
+    the share falls as a power of the value (Hill 1975, doi:10.1214/aos/1176343247), so that evidence goes on growing
+    where the data ends. Not fitted, it leaves values as they are.
     """
 
     if TYPE_CHECKING:
@@ -310,11 +313,28 @@ class Tails(nn.Module):
         ordered = parts.double().sort(0).values.clamp_min(1e-12)
         # The k-th smallest of n has n − k above it.
         evidence = -((rows - places.double()) / (rows + 1)).log10()
-        self.values = ordered[places].T.float().contiguous()  # (parts, knots)
-        self.evidence = evidence.float().expand_as(self.values).contiguous()
+        knots = [self._gentle(values, evidence) for values in ordered[places].T]
+        # As many for each part: the last one again, where a part has fewer.
+        most = max(len(kept) for kept in knots)
+        kept = torch.tensor([[*chosen, *[chosen[-1]] * (most - len(chosen))] for chosen in knots])
+        self.values = ordered[places].T.gather(1, kept).float().contiguous()  # (parts, knots)
+        self.evidence = evidence[kept].float().contiguous()
         if beyond:
             excess = (ordered[rows - beyond :] / ordered[places[-1]]).log().mean(0)
-            self.shape = excess.clamp(0.05, 2.0).float()
+            self.shape = excess.clamp(LEAST_SHAPE, MOST_SHAPE).float()
+
+    @staticmethod
+    def _gentle(values: Tensor, evidence: Tensor) -> list[int]:
+        """Which knots to keep of one part, ascending, the last among them, so that none is reached too steeply."""
+        heights, logs = evidence.tolist(), values.log().tolist()
+        kept: list[int] = []
+        for knot, (height, log) in enumerate(zip(heights, logs, strict=True)):
+            is_last = knot == len(heights) - 1
+            while is_last and kept and height - heights[kept[-1]] > STEEPEST * (log - logs[kept[-1]]):
+                kept.pop()
+            if is_last or not kept or height - heights[kept[-1]] <= STEEPEST * (log - logs[kept[-1]]):
+                kept.append(knot)
+        return kept
 
     def forward(self, parts: Tensor) -> Tensor:
         """(batch, parts) → the same of evidence."""

@@ -88,6 +88,19 @@ def test_evidence_grows_with_the_value() -> None:
     assert (steps[beyond] > 0).all()
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-3])
+def test_values_almost_alike_make_no_step(apart: float) -> None:
+    """Evidence grows no more steeply between few items than beyond them: a value's rounding is no evidence."""
+    values = [1.0, 2.0, 2.0 + apart, 2.0 + 2 * apart, 3.0, 4.0, 5.0, 5.0 + apart, 5.0 + 2 * apart, 9.0]
+    normal = torch.tensor([values * 3, [value / 2 for value in values * 3]]).T
+    tails = Tails(2)
+    tails.fit(normal)
+    at = torch.cat([torch.linspace(0.5, 12, 5000), torch.tensor([2.0, 2.0 + apart, 5.0, 5.0 + apart])]).sort().values
+    near = at * (1 + 1e-5)
+    steepness = (tails(torch.stack([near, near], 1)).double() - tails(torch.stack([at, at], 1)).double()) / 1e-5
+    assert steepness.max() < 12
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 11])
 def test_few_normal_items_make_tails_too(rows: int) -> None:
     """However few there are, evidence is finite and grows."""
