@@ -30,6 +30,7 @@ from app.errors import (
     NoModels,
     NotReady,
 )
+from app.inference.allocator import keep_freed_memory
 from app.inference.loaded_model import LoadedModel, is_sticky, tensor_bytes, use_threads
 from app.inference.worker_thread import WorkerThread
 from app.served_model import ModelLane, Replica, ServedModel, labels_of
@@ -170,6 +171,7 @@ class Catalog:
         self._observe = observe
         self._observe_change = observe_change
         self._on_lost = on_lost
+        keep_freed_memory()
         self._workers = [WorkerThread(f"device-{device}", self._use_threads) for device in self.devices]
         self._loader = WorkerThread("loader", self._use_threads)
         self.batcher = Batcher(
