@@ -219,6 +219,9 @@ class Run:
             peak = load.closed_loop(server.port, [request], HEAVY_CONNECTIONS, self.plan.seconds).per_s
             half = self._open(server, "conv", request, 0.5, peak, number)
             five = self._open(server, "conv", request, OVERLOAD, peak, number)
+            # Before and after: the machine's own speed drifts within seconds.
+            again = load.closed_loop(server.port, [request], HEAVY_CONNECTIONS, self.plan.seconds).per_s
+            peak = (peak + again) / 2
         self.results.add_scalar("overload goodput share", number, five.per_s / peak)
         self.results.add_scalar("overload p99 ratio", number, five.p99_s / half.p99_s)
 
