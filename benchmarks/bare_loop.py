@@ -12,7 +12,6 @@ from benchmarks.jobs import JOBS, Model
 from benchmarks.servers import TUNED_ALLOCATOR, Launch
 from benchmarks.servers.options import Options
 
-
 BATCH_SIZES = (1, 2, 4)
 
 
