@@ -237,7 +237,7 @@ def open_loop(port: int, request: bytes, rate_per_s: float, seconds: float, seed
             next_due = start + due[upcoming] if upcoming < len(due) else end + GRACE_S
             wait_s = next_due - time.perf_counter()
             if wait_s < GATHER_S:
-                time.sleep(GATHER_S)
+                time.sleep(GATHER_S)  # what comes meanwhile is sent, and what is answered read, all at once
                 wait_s = 0
             for since, status in pool.answers(wait_s):
                 done = time.perf_counter()

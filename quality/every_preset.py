@@ -109,7 +109,7 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> 
 def largest_difference(client: httpx.Client, artifact: Artifact, items: Tensor) -> float:
     """Between the answers over HTTP and the exported module's, over all methods and batch sizes.
 
-    Of records, latent vectors and scores in units of each number's size: they have units of their own.
+    Of records and latent vectors in units of each number's size: they have units of their own.
     """
     exported = ExportedModule(artifact.model)
     mask = (torch.arange(items[0, :1].numel()) % 3 == 0).float().view(items[0, :1].shape)
@@ -134,7 +134,7 @@ def largest_difference(client: httpx.Client, artifact: Artifact, items: Tensor) 
             if answer.status_code != 200:
                 raise RuntimeError(f"{artifact.ref} {capability}: {answer.status_code}: {answer.text[:300]}")
             found = np.array([result[field] for result in answer.json()["results"]])
-            own_units = items.dim() == 2 or capability in (Capability.ENCODE, Capability.ANOMALY_SCORE)
+            own_units = items.dim() == 2 or capability == Capability.ENCODE
             scale = np.maximum(1, np.abs(expected).max(0)) if own_units else 1
             worst = max(worst, float((np.abs(found - expected[:size]) / scale).max()))
     if Capability.SAMPLE in artifact.manifest.capabilities:

@@ -126,7 +126,7 @@ class _Estimator(BaseEstimator):
 class AutoencoderTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):
     """Records to latent vectors, and back."""
 
-    def fit(self, X: Any, y: None = None) -> Self:  # scikit-learn's names
+    def fit(self, X: Any, y: None = None) -> Self:
         """Trains on X, (samples, features), or opens the artifact. Raises ValueError."""
         del y
         x = self._fit(X, Capability.ENCODE)

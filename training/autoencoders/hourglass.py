@@ -247,7 +247,7 @@ class VariationalHourglass(Hourglass):
     def __init__(self, item_shape: tuple[int, ...], blocks: Blocks) -> None:
         super().__init__(item_shape, blocks)
         if not isinstance(blocks.bottleneck, Gaussian):
-            raise TrainingError("bottleneck: expected a gaussian one")
+            raise TrainingError(f"bottleneck: expected a gaussian one, found {blocks.bottleneck}")
         self._config = blocks.bottleneck
         self._kl_weight = 1.0
         if self.likelihood == "mse":

@@ -202,6 +202,19 @@ def test_only_outputs_that_are_asked_for_are_computed(service: Service, client: 
     assert {name for name in after if after[name] != before[name]} == {"encode"}
 
 
+def test_the_same_head_says_nothing_of_the_bytes_behind_it(client: triton.InferenceServerClient) -> None:
+    """Requests alike but for their tensors get each their own answer, and the error beside it changes none of it."""
+    for item in (ITEM, 1 - ITEM, ITEM):
+        alone = client.infer("tiny", [tensor(item)], outputs=wanted("reconstruction"))
+        both = client.infer("tiny", [tensor(item)], outputs=wanted("reconstruction", "reconstruction_error"))
+        in_json = client.infer("tiny", [tensor(item, binary=False)], outputs=wanted("reconstruction"))
+        reconstruction = alone.as_numpy("reconstruction")
+        assert (both.as_numpy("reconstruction") == reconstruction).all()
+        assert (in_json.as_numpy("reconstruction") == reconstruction).all()
+        error = np.square(reconstruction.astype(np.float64) - item).mean()
+        assert both.as_numpy("reconstruction_error")[0] == pytest.approx(error)
+
+
 def test_versions_differ(service: Service, client: triton.InferenceServerClient) -> None:
     """A version in the address is the one that answers; without it the highest does."""
     found = {
