@@ -726,7 +726,7 @@ def _show_metrics(title: str, metrics: dict[str, Metric], promised: dict[str, Me
 def _show_written(ref: ArtifactRef, store: Path) -> None:
     manifest = read_artifact(ref).manifest
     lines = [
-        f"Written to {ref.path}, verified. Serve it (a running service finds it after a restart):",
+        f"Written to {ref.path}, verified. Serve it (a running service finds it by itself):",
         f"  HOURGLASS_MODELS_STORE={store} python -m app serve",
     ]
     if manifest.input.picture is not None:
