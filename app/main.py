@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -18,6 +19,7 @@ from app.api import health, models
 from app.api.drain import Drain
 from app.api.envelope import Envelope
 from app.api.errors import problem_response
+from app.api.in_flight import ON_CONNECTION
 from app.api.security import Keys
 from app.api.services import Services
 from app.capabilities import ROUTERS
@@ -54,7 +56,7 @@ def create_app(settings: Settings, member: Member | None = None, end: Callable[[
     keys, drain = Keys(settings.api_keys_file), Drain(settings.drain_seconds)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         catalog = Catalog(
             settings.models_store,
             devices,
@@ -90,7 +92,7 @@ def create_app(settings: Settings, member: Member | None = None, end: Callable[[
                 Fleet(lambda: _snapshot(catalog, health, drain), member) as fleet,
             ):
                 app.state.fleet = fleet
-                yield
+                yield {ON_CONNECTION: catalog.batcher.stay_awake}
 
     app = FastAPIOffline(  # the documentation's scripts come from this machine, not from somebody else's
         title="Hourglass",

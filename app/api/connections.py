@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from app.api.dependencies import WHOLE_BODY
 from app.api.drain import Drain
 from app.api.errors import problem_body
-from app.api.in_flight import CONNECTION, InFlight
+from app.api.in_flight import CONNECTION, ON_CONNECTION, InFlight
 from app.api.responses import send_whole
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -178,6 +178,12 @@ class HttpConnection(HttpToolsProtocol):
         if not cycle.keep_alive:
             self.transport.close()
         cycle.on_response()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's signature
+        """Called when somebody has connected; tells the application, if it wants to know."""
+        super().connection_made(transport)
+        if (on_connection := self.app_state.get(ON_CONNECTION)) is not None:
+            on_connection()
 
     def data_received(self, data: bytes) -> None:
         """Parses what arrived, unless a head grows beyond `MAX_HEAD_BYTES`."""

@@ -17,6 +17,9 @@ from app.errors import DeadlineExceeded
 CONNECTION = "hourglass.connection"
 """Where in a scope a server leaves a `Connection`, if it has one."""
 
+ON_CONNECTION = "hourglass.on_connection"
+"""Where in the lifespan's state the application leaves what it wants to have called for each new connection."""
+
 _WATCH_AFTER_S = 0.01
 
 

@@ -34,8 +34,8 @@ Observe = Callable[[Lane[Any, Any], "BatchRecord"], None]
 _TOGETHER_S = 0.002
 """For how long a batch may keep those of other lanes waiting that go to an executor together with it."""
 
-_REST_S = 0.005
-"""How long the event loop rests at most while there is no room; a deadline may be told so much later then."""
+_REST_S = 0.01
+"""How long the event loop rests at most while there is no room."""
 
 _LONGEST_DUE_S = 1.0
 """When a request is due at the latest that waits from now on, or a caller with much time would be put off until it has
@@ -143,6 +143,7 @@ class Batcher:
         self._idle.set()
         self._deadlines: Deadlines[_Request[Any, Any]] = Deadlines(self._expire)
         self._rests = False  # or is about to
+        self._stays_awake = False
         self._has_ended = threading.Event()  # a batch, since the last one began
         self._rows_per_s = 0.0  # moving average while busy; 0 until the first batch ran
 
@@ -241,13 +242,21 @@ class Batcher:
                 retry_after_s=self._drain_time_s(),
             )
 
+    def stay_awake(self) -> None:
+        """Leaves the next rest out. Whoever sees a new connection calls it: an event loop takes one at each of its
+        turns, so a crowd of them would wait for as many rests.
+        """
+        self._stays_awake = True
+
     def _rest(self) -> None:
-        """Lets what arrives gather for a moment, or until a batch ends: where all that comes is refused, each look at
-        it takes the processor from what runs, and finds its caches cold.
+        """Lets what arrives gather for a moment, or until a batch ends or a deadline passes: where all that comes is
+        refused, each look at it takes the processor from what runs, and finds its caches cold.
         """
         self._rests = False
-        if not self._free:
-            self._has_ended.wait(_REST_S)
+        if self._stays_awake:
+            self._stays_awake = False
+        elif not self._free:
+            self._has_ended.wait(min(_REST_S, max(0.0, self._deadlines.due_at - self._loop.time())))
 
     def _drain_time_s(self) -> float:
         """How long the queue needs to empty at the measured rate, in seconds, from 1 to 60."""

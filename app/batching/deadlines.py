@@ -33,6 +33,11 @@ class Deadlines(Generic[KeyT]):
     def __repr__(self) -> str:
         return f"<Deadlines of {len(self._deadlines)}>"
 
+    @property
+    def due_at(self) -> float:
+        """When the first of them may pass, in seconds of the running loop's clock; infinite without any."""
+        return self._timer_at
+
     def add(self, key: KeyT, deadline: float) -> None:
         """Sets a key's deadline, in seconds of the running loop's clock."""
         self._deadlines[key] = deadline

@@ -228,6 +228,52 @@ def test_a_full_queue_rests_no_longer_than_a_batch_runs(monkeypatch: pytest.Monk
     play(scene, max_queue_rows=2)
 
 
+def test_a_rest_ends_with_the_next_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it might rest, a request whose time is up while nothing else happens is told so in time."""
+    monkeypatch.setattr(app.batching.batcher, "_REST_S", 15.0)
+
+    async def scene(batcher: Batcher) -> None:
+        model = Doubler(max_batch_size=1)
+        running = asyncio.create_task(batcher.submit(model.lane, [1]))
+        await settle()
+        late = asyncio.create_task(batcher.submit(model.lane, [2], timeout_s=0.05))
+        await settle()
+        with pytest.raises(QueueFull):
+            await batcher.submit(model.lane, [3])
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert time.monotonic() - started < 10
+        model.open(2)
+        await running
+
+    play(scene, max_queue_rows=1)
+
+
+def test_new_connections_keep_a_full_service_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop goes on at once while connections come in, and rests again when none came since."""
+    rests: list[float | None] = []
+
+    async def scene(batcher: Batcher) -> None:
+        monkeypatch.setattr(batcher._has_ended, "wait", rests.append)
+        model = Doubler(max_batch_size=1)
+        taken = []
+        for index in range(2):  # one runs, one waits
+            taken.append(asyncio.create_task(batcher.submit(model.lane, [index])))
+            await settle()
+        for new_connection in (True, False):
+            if new_connection:
+                batcher.stay_awake()
+            with pytest.raises(QueueFull):
+                await batcher.submit(model.lane, [3])
+            await settle()
+            assert len(rests) == (0 if new_connection else 1)
+        model.open(2)
+        await asyncio.gather(*taken)
+
+    play(scene, max_queue_rows=1)
+
+
 def test_lanes_never_share_a_batch() -> None:
     """Rows of different models or methods never meet in one batch."""
 
