@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 FIRST_CONNECTIONS, MAX_CONNECTIONS = 64, 1024
 GRACE_S = 3.0  # how long open loop waits for the last answers
-GATHER_S = 0.0005  # where arrivals are closer, they are sent together: each look at the clock takes from the server
+GATHER_S = 0.0005
+"""Arrivals that are closer are sent together: each look at the clock takes from the server."""
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,29 @@ def closed_loop(port: int, requests: Sequence[bytes], connections: int, seconds:
     return _load(took, latencies, shed, failed)
 
 
-def open_loop(port: int, request: bytes, rate_per_s: float, seconds: float, seed: int = 0) -> Load:
-    """Poisson arrivals at `rate_per_s`, whatever the server does; latencies count from when a request was due."""
-    due = poisson_schedule(rate_per_s, seconds, seed).tolist()
+def open_loop(
+    port: int,
+    request: bytes,
+    rate_per_s: float,
+    seconds: float,
+    seed: int = 0,
+    *,
+    settle_s: float = 0.0,
+    gather_s: float = GATHER_S,
+) -> Load:
+    """Poisson arrivals at `rate_per_s`, whatever the server does; latencies count from when a request was due.
+
+    Args:
+        port: where to send.
+        request: what to send.
+        rate_per_s: arrivals a second.
+        seconds: how long the load is counted.
+        seed: of the arrivals.
+        settle_s: how long the load lasts before it is counted: until the connections are made and the queue is as full
+            as it will be. Failures count from the beginning.
+        gather_s: arrivals that are closer are sent together.
+    """
+    due = poisson_schedule(rate_per_s, settle_s + seconds, seed).tolist()
     latencies: list[float] = []
     lags: list[float] = []
     shed = failed = in_time = upcoming = 0
@@ -220,7 +241,8 @@ def open_loop(port: int, request: bytes, rate_per_s: float, seconds: float, seed
         for _ in range(FIRST_CONNECTIONS):
             pool.open()
         start = time.perf_counter()
-        end = start + seconds
+        settled = start + settle_s
+        end = settled + seconds
         while True:
             now = time.perf_counter()
             while upcoming < len(due) and start + due[upcoming] <= now:
@@ -236,16 +258,17 @@ def open_loop(port: int, request: bytes, rate_per_s: float, seconds: float, seed
                 break
             next_due = start + due[upcoming] if upcoming < len(due) else end + GRACE_S
             wait_s = next_due - time.perf_counter()
-            if wait_s < GATHER_S:
-                time.sleep(GATHER_S)  # what comes meanwhile is sent, and what is answered read, all at once
+            if wait_s < gather_s:
+                time.sleep(gather_s)  # what comes meanwhile is sent, and what is answered read, all at once
                 wait_s = 0
             for since, status in pool.answers(wait_s):
                 done = time.perf_counter()
                 if status == 200:
-                    latencies.append(done - since)
-                    in_time += done <= end
+                    if since >= settled:
+                        latencies.append(done - since)
+                    in_time += settled <= done <= end
                 elif status == 429:
-                    shed += 1
+                    shed += settled <= done
                 else:
                     failed += 1
     load = _load(seconds, latencies, shed, failed)

@@ -203,6 +203,16 @@ def test_idle_connections_are_closed() -> None:
     asyncio.run(act())
 
 
+def test_the_batcher_hears_of_each_new_connection(service: Service) -> None:
+    """Or it would rest while others wait to be let in; see `Batcher.stay_awake`."""
+    batcher = service.app.state.catalog.batcher
+    batcher._stays_awake = False
+    with socket.create_connection(service.address, timeout=20) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert batcher._stays_awake
+
+
 async def answer_nothing(_scope: Scope, _receive: Receive, send: Send) -> None:
     """An application whose every answer is empty."""
     await send({"type": "http.response.start", "status": 204, "headers": []})
