@@ -34,9 +34,13 @@ class Settings(BaseSettings):
     max_batch_size: int | None = Field(
         None, ge=1, description="Most rows in one forward pass; unset: what each manifest says."
     )
-    max_queue_rows: int = Field(4096, ge=1, description="Most rows that may wait; beyond it requests get a 429.")
+    max_queue_rows: int = Field(
+        4096, ge=1, description="Most rows that may wait in each worker; beyond it requests get a 429."
+    )
     max_queue_bytes: int = Field(
-        256 * 1024 * 1024, ge=1, description="Most bytes of input that may wait; beyond it requests get a 429."
+        256 * 1024 * 1024,
+        ge=1,
+        description="Most bytes of input that may wait in each worker; beyond it requests get a 429.",
     )
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes, decompressed.")
     max_spool_bytes: int = Field(

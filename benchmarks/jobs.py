@@ -82,7 +82,7 @@ JOBS = {
         Job("reconstruct", "bench-basic", "reconstruct", DIGIT, 64, decode_digit, encode_reconstruction),
         Job("latent", "bench-basic", "encode", DIGIT, 64, decode_grey, encode_latent, upload="image/png"),
         # On one thread larger batches of this model take longer for each row.
-        Job("conv", "bench-conv", "anomaly_score", COLOUR, 8, decode_colour, encode_score, upload="image/jpeg"),
+        Job("conv", "bench-conv", "anomaly_score", COLOUR, 4, decode_colour, encode_score, upload="image/jpeg"),
     )
 }
 

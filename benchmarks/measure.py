@@ -33,8 +33,13 @@ TOLERANCE = 1e-5
 OPEN_SHARES = (0.5, 0.8, 0.95, 2.0)
 OVERLOAD = 5.0
 QUEUE_S = 0.05
-"""For the overload the queue is bounded to what the service does in this time: what an operator would do who promises
+"""For the overload each worker's queue is bounded to what it does in this time: what an operator would do who promises
 answers within some tenth of a second. The default bound is for bursts and lets accepted requests wait for seconds."""
+SETTLE_S = 0.5
+"""How long a load is offered in the open loop before it counts."""
+OVERLOAD_GATHER_S = 0.002
+"""How close arrivals of the overload are to be sent together, where latencies are tens of milliseconds and more: what
+the load generator takes is missing for the service, and at five times its capacity that is five times as much."""
 
 ROUND_GROUPS = ("score", "reconstruct", "latent", "conv", "interleaved", "open", "overload")
 ONCE_GROUPS = ("idle", "promptness")
@@ -213,20 +218,38 @@ class Run:
                 load.closed_loop(server.port, [request], 16, self._warm_up_s)
                 capacity = load.closed_loop(server.port, [request], HEAVY_CONNECTIONS, self.plan.seconds).per_s
             self.results.add_scalar("conv capacity", 1, capacity)
-        rows = max(HEAVY_CONNECTIONS, round(capacity * QUEUE_S))
+        # At least what the closed loop has under way at once: its connections may all have come to one worker.
+        rows = max(HEAVY_CONNECTIONS, round(capacity / self.plan.workers * QUEUE_S))
         with self._visit(HOURGLASS, "conv", environment={"HOURGLASS_MAX_QUEUE_ROWS": str(rows)}) as server:
             load.closed_loop(server.port, [request], 16, self._warm_up_s)
             peak = load.closed_loop(server.port, [request], HEAVY_CONNECTIONS, self.plan.seconds).per_s
-            half = self._open(server, "conv", request, 0.5, peak, number)
-            five = self._open(server, "conv", request, OVERLOAD, peak, number)
+            half = self._open(server, "conv", request, 0.5, peak, number, OVERLOAD_GATHER_S)
+            five = self._open(server, "conv", request, OVERLOAD, peak, number, OVERLOAD_GATHER_S)
             # Before and after: the machine's own speed drifts within seconds.
             again = load.closed_loop(server.port, [request], HEAVY_CONNECTIONS, self.plan.seconds).per_s
             peak = (peak + again) / 2
         self.results.add_scalar("overload goodput share", number, five.per_s / peak)
         self.results.add_scalar("overload p99 ratio", number, five.p99_s / half.p99_s)
 
-    def _open(self, server: Server, job: str, request: bytes, share: float, capacity: float, number: int) -> Load:
-        found = load.open_loop(server.port, request, share * capacity, self.plan.seconds, seed=number)
+    def _open(
+        self,
+        server: Server,
+        job: str,
+        request: bytes,
+        share: float,
+        capacity: float,
+        number: int,
+        gather_s: float = load.GATHER_S,
+    ) -> Load:
+        found = load.open_loop(
+            server.port,
+            request,
+            share * capacity,
+            self.plan.seconds,
+            seed=number,
+            settle_s=SETTLE_S,
+            gather_s=gather_s,
+        )
         cells = self.results.open_cells.setdefault(job, {})
         cells.setdefault(share, []).append(OpenCell(share, share * capacity, found))
         self.say(

@@ -98,7 +98,7 @@ def _circumstances(run: Run) -> list[str]:
         f"- Versions: {', '.join(versions + peers)}.",
         f"- Settings: {plan.rounds} rounds of {plan.seconds} s a cell, {plan.workers} workers for every server that "
         f"has workers, one torch thread in each of the others; closed loop by {generator}, open loop by the "
-        f"benchmark's own; overload with a queue of {QUEUE_S * 1e3:.0f} ms of work.",
+        f"benchmark's own; overload with a queue of {QUEUE_S * 1e3:.0f} ms of work in each worker, at least 16 rows.",
         f"- {quiet(run.results)}",
         "- Medians over the rounds, [lowest–highest]; a ratio is taken within each round first.",
     ]

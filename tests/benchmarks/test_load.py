@@ -109,6 +109,24 @@ def test_open_loop_blames_a_stall_on_every_request_that_was_due_in_it() -> None:
     assert load.p99_s > 0.2
 
 
+def test_open_loop_does_not_count_what_comes_before_it_has_settled() -> None:
+    """Answers of the first moments are neither counted nor timed; the load after them is what it would be anyway."""
+
+    def answer(number: int) -> bytes:
+        if number < 20:
+            time.sleep(0.2)
+        return OK
+
+    with answering(answer) as port:
+        whole = open_loop(port, REQUEST, 100, 0.5)
+    with answering(answer) as port:
+        settled = open_loop(port, REQUEST, 100, 0.5, settle_s=0.5)
+    assert whole.p99_s >= 0.2
+    due = poisson_schedule(100, 1.0, seed=0)
+    assert settled.ok == pytest.approx((due >= 0.5).sum(), abs=5)
+    assert settled.p99_s < 0.2
+
+
 def test_open_loop_counts_refusals_and_what_was_never_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 429 is no answer that counts, and neither is silence: it is a failure once the grace is over."""
     monkeypatch.setattr("benchmarks.load.GRACE_S", 0.1)
