@@ -37,7 +37,7 @@ QUEUE_S = 0.05
 answers within some tenth of a second. The default bound is for bursts and lets accepted requests wait for seconds."""
 SETTLE_S = 0.5
 """How long a load is offered in the open loop before it counts."""
-OVERLOAD_GATHER_S = 0.002
+OVERLOAD_GATHER_S = 0.004
 """How close arrivals of the overload are to be sent together, where latencies are tens of milliseconds and more: what
 the load generator takes is missing for the service, and at five times its capacity that is five times as much."""
 

@@ -34,7 +34,7 @@ Observe = Callable[[Lane[Any, Any], "BatchRecord"], None]
 _TOGETHER_S = 0.002
 """For how long a batch may keep those of other lanes waiting that go to an executor together with it."""
 
-_REST_S = 0.01
+_REST_S = 0.02
 """How long the event loop rests at most while there is no room."""
 
 _LONGEST_DUE_S = 1.0
