@@ -15,8 +15,8 @@ from benchmarks import load, wrk
 from benchmarks.processes import Server, free_port, running
 
 VALUES = 784
-MANY = 16
-"""Items of a request, beside one: how the forms compare once they, not the request, are what costs."""
+COUNTS = (1, 16, 64)
+"""Items of a request: how the forms compare once they, not the request, are what costs."""
 
 
 def numbers(index: int) -> list[float]:
@@ -34,7 +34,7 @@ def start(folder: Path, *command: str) -> AbstractContextManager[Server]:
 def measure(folder: Path, rounds: int, seconds: int, connections: int) -> None:
     """Prints requests a second of each form, the forms taking turns, and how they compare.
 
-    The promises are of one item a request; the same with `MANY` items is printed beside them.
+    The promises are of one item a request; the same with more is printed beside them.
     """
     processes = os.cpu_count() or 1
     own = ("-m", "app", "serve", "--port", "PORT", "--workers", str(processes))
@@ -45,14 +45,14 @@ def measure(folder: Path, rounds: int, seconds: int, connections: int) -> None:
     for _ in range(rounds):
         for name, command in servers.items():
             with start(folder, *command) as server:
-                for items in (1, MANY):
+                for items in COUNTS:
                     request = _requests(items)[name]
                     closed_loop(server.port, [request], connections, 1)
                     answered = closed_loop(server.port, [request], connections, seconds)
                     assert not answered.failed, name
                     found.setdefault((items, name), []).append(answered.per_s)
     print(f"{VALUES} numbers in, {VALUES} out, mnist-basic, {connections} connections, {processes} processes each")
-    for items in (1, MANY):
+    for items in COUNTS:
         print(f"{items} {'item' if items == 1 else 'items'} a request")
         for name in servers:
             rates = found[items, name]
