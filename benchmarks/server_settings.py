@@ -1,0 +1,56 @@
+"""python -m benchmarks.server_settings: which event loop and which HTTP parser the service is best run on.
+
+Prints requests a second and processor time of JSON → score at 64 connections, one process each, the choices in turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from benchmarks import load, wrk
+from benchmarks.forms import numbers, start
+
+CHOICES = (("uvloop", "own"), ("uvloop", "httptools"), ("uvloop", "h11"), ("asyncio", "own"))
+CONNECTIONS = 64
+
+
+def bench(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the choices take turns.")] = 3,
+    seconds: Annotated[int, typer.Option(help="Seconds of each measurement.")] = 3,
+) -> None:
+    """Measure the service on each event loop and behind each parser."""
+    closed_loop = wrk.closed_loop if wrk.available() else load.closed_loop
+    body = orjson.dumps({"instances": [numbers(1)]})
+    request = load.http_request("/anomaly-score?model=mnist-basic", body, "application/json")
+    per_s: dict[tuple[str, str], list[float]] = {choice: [] for choice in CHOICES}
+    cpu_us: dict[tuple[str, str], list[float]] = {choice: [] for choice in CHOICES}
+    with tempfile.TemporaryDirectory(prefix="bench-settings-") as folder:
+        for _ in range(rounds):
+            for loop, http in CHOICES:
+                with start(Path(folder), "-m", "benchmarks.servers.variant", loop, http, "PORT") as server:
+                    closed_loop(server.port, [request], CONNECTIONS, 1)
+                    cpu_s = server.cpu_s()
+                    found = closed_loop(server.port, [request], CONNECTIONS, seconds)
+                    assert not found.failed, (loop, http)
+                    per_s[loop, http].append(found.per_s)
+                    cpu_us[loop, http].append((server.cpu_s() - cpu_s) / found.ok * 1e6)
+    print(f"JSON of 784 numbers → score, mnist-basic, {CONNECTIONS} connections, one process; medians [lowest–highest]")
+    served = per_s[CHOICES[0]]
+    for loop, http in CHOICES:
+        rates = per_s[loop, http]
+        ratios = [rate / own for rate, own in zip(rates, served, strict=True)]
+        print(
+            f"  {loop:8} {http:10} {statistics.median(rates):6.0f} requests/s, "
+            f"{statistics.median(ratios):.2f} [{min(ratios):.2f}–{max(ratios):.2f}] of the service's own choice, "
+            f"{statistics.median(cpu_us[loop, http]):.0f} µs of processor time a request"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(bench)
