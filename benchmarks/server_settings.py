@@ -1,6 +1,7 @@
 """python -m benchmarks.server_settings: which event loop and which HTTP parser the service is best run on.
 
-Prints requests a second and processor time of JSON → score at 64 connections, one process each, the choices in turns.
+Prints, for JSON → score and one process each, the choices in turns: requests a second at 64 connections, and latencies
+where requests arrive by themselves at three quarters of what the first choice then reached.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.forms import numbers, start
 
 CHOICES = (("uvloop", "own"), ("uvloop", "httptools"), ("uvloop", "h11"), ("asyncio", "own"))
 CONNECTIONS = 64
+OPEN_SHARE = 0.75
 
 
 def bench(
@@ -29,27 +31,34 @@ def bench(
     body = orjson.dumps({"instances": [numbers(1)]})
     request = load.http_request("/anomaly-score?model=mnist-basic", body, "application/json")
     per_s: dict[tuple[str, str], list[float]] = {choice: [] for choice in CHOICES}
-    cpu_us: dict[tuple[str, str], list[float]] = {choice: [] for choice in CHOICES}
+    arriving: dict[tuple[str, str], list[load.Load]] = {choice: [] for choice in CHOICES}
     with tempfile.TemporaryDirectory(prefix="bench-settings-") as folder:
-        for _ in range(rounds):
+        for number in range(rounds):
             for loop, http in CHOICES:
                 with start(Path(folder), "-m", "benchmarks.servers.variant", loop, http, "PORT") as server:
                     closed_loop(server.port, [request], CONNECTIONS, 1)
-                    cpu_s = server.cpu_s()
                     found = closed_loop(server.port, [request], CONNECTIONS, seconds)
                     assert not found.failed, (loop, http)
                     per_s[loop, http].append(found.per_s)
-                    cpu_us[loop, http].append((server.cpu_s() - cpu_s) / found.ok * 1e6)
+                    rate_per_s = OPEN_SHARE * per_s[CHOICES[0]][-1]
+                    arriving[loop, http].append(
+                        load.open_loop(server.port, request, rate_per_s, seconds, seed=number, settle_s=0.5)
+                    )
     print(f"JSON of 784 numbers → score, mnist-basic, {CONNECTIONS} connections, one process; medians [lowest–highest]")
     served = per_s[CHOICES[0]]
     for loop, http in CHOICES:
         rates = per_s[loop, http]
         ratios = [rate / own for rate, own in zip(rates, served, strict=True)]
+        p50_ms, p99_ms = ([getattr(found, name) * 1e3 for found in arriving[loop, http]] for name in ("p50_s", "p99_s"))
         print(
             f"  {loop:8} {http:10} {statistics.median(rates):6.0f} requests/s, "
-            f"{statistics.median(ratios):.2f} [{min(ratios):.2f}–{max(ratios):.2f}] of the service's own choice, "
-            f"{statistics.median(cpu_us[loop, http]):.0f} µs of processor time a request"
+            f"{statistics.median(ratios):.2f} [{min(ratios):.2f}–{max(ratios):.2f}] of the service's own choice; "
+            f"arriving: p50 {_spread(p50_ms)} ms, p99 {_spread(p99_ms)} ms"
         )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} [{min(values):.1f}–{max(values):.1f}]"
 
 
 if __name__ == "__main__":
