@@ -230,17 +230,20 @@ class Batcher:
         if rows > self._max_queue_rows or rows * lane.row_bytes > self._max_queue_bytes:
             most = min(self._max_queue_rows, self._max_queue_bytes // max(1, lane.row_bytes))
             raise PayloadTooLarge(f"items: expected at most {most}, got {rows}")
-        if (
-            self._queue.rows + rows > self._max_queue_rows
-            or self._queue.bytes + rows * lane.row_bytes > self._max_queue_bytes
-        ):
-            if not self._rests:
+        if not self._has_room(lane, rows):
+            if not self._rests and not self._has_room(lane, 1):
                 self._rests = True
                 self._loop.call_soon(self._rest)
             raise QueueFull(
                 f"queue: {self._queue.rows} rows of {self._queue.bytes} bytes wait, there is no room for {rows} more",
                 retry_after_s=self._drain_time_s(),
             )
+
+    def _has_room(self, lane: Lane[Any, Any], rows: int) -> bool:
+        return (
+            self._queue.rows + rows <= self._max_queue_rows
+            and self._queue.bytes + rows * lane.row_bytes <= self._max_queue_bytes
+        )
 
     def stay_awake(self) -> None:
         """Leaves the next rest out. Whoever sees a new connection calls it: an event loop takes one at each of its

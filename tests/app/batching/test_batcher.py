@@ -274,6 +274,32 @@ def test_new_connections_keep_a_full_service_awake(monkeypatch: pytest.MonkeyPat
     play(scene, max_queue_rows=1)
 
 
+def test_a_queue_with_room_for_one_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only whoever asks for more than there is room for is refused: a small request may come the next moment."""
+    rests: list[float | None] = []
+
+    async def scene(batcher: Batcher) -> None:
+        monkeypatch.setattr(batcher._has_ended, "wait", rests.append)
+        model = Doubler(max_batch_size=1)
+        taken = []
+        for items in ([0], [1], [2]):
+            taken.append(asyncio.create_task(batcher.submit(model.lane, items)))
+            await settle()
+            if len(taken) == 2:  # one runs, one waits, and there is room for one more
+                with pytest.raises(QueueFull):
+                    await batcher.submit(model.lane, [3, 4])
+                await settle()
+                assert rests == []
+        with pytest.raises(QueueFull):
+            await batcher.submit(model.lane, [3])
+        await settle()
+        assert len(rests) == 1
+        model.open(3)
+        await asyncio.gather(*taken)
+
+    play(scene, max_queue_rows=2)
+
+
 def test_lanes_never_share_a_batch() -> None:
     """Rows of different models or methods never meet in one batch."""
 
