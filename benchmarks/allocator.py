@@ -19,6 +19,7 @@ import typer
 from app.inference.allocator import keep_freed_memory
 from benchmarks.artifact import payload, stores_in
 from benchmarks.jobs import JOBS, Model
+from benchmarks.results import spread
 
 BATCH_SIZES, PASSES = (1, 2, 4, 8), 20
 
@@ -35,8 +36,8 @@ def bench(rounds: int = 4, folder: Path = Path(".bench")) -> None:
     for index, size in enumerate(BATCH_SIZES):
         for how, runs in found.items():
             times, faults = zip(*(run[index] for run in runs), strict=True)
-            spread = f"{statistics.median(times):.2f} [{min(times):.2f}–{max(times):.2f}]"
-            print(f"  batch of {size}, {how:10} {spread} ms a row, {statistics.median(faults):.0f} page faults a pass")
+            took = spread(times, "{:.2f}")
+            print(f"  batch of {size}, {how:10} {took} ms a row, {statistics.median(faults):.0f} page faults a pass")
 
 
 def measure(store: Path, how: str) -> list[tuple[float, float]]:

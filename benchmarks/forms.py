@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from benchmarks import load, wrk
 from benchmarks.processes import Server, free_port, running
+from benchmarks.results import spread
 
 VALUES = 784
 COUNTS = (1, 16, 64)
@@ -40,7 +40,7 @@ def measure(folder: Path, rounds: int, seconds: int, connections: int) -> None:
     own = ("-m", "app", "serve", "--port", "PORT", "--workers", str(processes))
     plain = ("-m", "benchmarks.servers.plain", "PORT", str(processes))
     servers = {"plain FastAPI, JSON": plain, "own JSON": own, "own binary tensors": own}
-    closed_loop = wrk.closed_loop if wrk.available() else load.closed_loop
+    closed_loop = wrk.or_own_closed_loop()
     found: dict[tuple[int, str], list[float]] = {}
     for _ in range(rounds):
         for name, command in servers.items():
@@ -55,15 +55,13 @@ def measure(folder: Path, rounds: int, seconds: int, connections: int) -> None:
     for items in COUNTS:
         print(f"{items} {'item' if items == 1 else 'items'} a request")
         for name in servers:
-            rates = found[items, name]
-            print(f"  {name:20} {statistics.median(rates):7.0f} requests/s ({min(rates):.0f} to {max(rates):.0f})")
+            print(f"  {name:20} {spread(found[items, name], '{:.0f}')} requests/s")
         ratios = {
             "own JSON is {} × plain FastAPI": _ratios(found, items, "own JSON", "plain FastAPI, JSON"),
             "binary tensors are {} × own JSON": _ratios(found, items, "own binary tensors", "own JSON"),
         }
         for (text, values), promise in zip(ratios.items(), (5, 2), strict=True):
-            spread = f"{statistics.median(values):.1f} [{min(values):.1f}–{max(values):.1f}]"
-            print(f"  {text.format(spread)}" + (f" (promise: {promise})" if items == 1 else ""))
+            print(f"  {text.format(spread(values, '{:.1f}'))}" + (f" (promise: {promise})" if items == 1 else ""))
 
 
 def _ratios(found: dict[tuple[int, str], list[float]], items: int, name: str, other: str) -> list[float]:

@@ -13,10 +13,11 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import load, wrk
+from benchmarks import wrk
 from benchmarks.artifact import payload, stores_in
 from benchmarks.load import http_request
 from benchmarks.processes import free_port, running
+from benchmarks.results import spread
 from benchmarks.servers import BARE, OWNER, Launch
 
 JOBS_COMPARED = {"score": 64, "reconstruct": 64, "conv": 16}
@@ -31,7 +32,7 @@ def main(
     """Measure both ways of sharing a device among HTTP processes, on as many as there are cores."""
     stores = stores_in(folder / "store")
     workers = os.cpu_count() or 1
-    closed_loop = wrk.closed_loop if wrk.available() else load.closed_loop
+    closed_loop = wrk.or_own_closed_loop()
     for job, connections in JOBS_COMPARED.items():
         rates: dict[str, list[float]] = {BARE.name: [], OWNER.name: []}
         memory: dict[str, list[float]] = {BARE.name: [], OWNER.name: []}
@@ -55,9 +56,8 @@ def main(
                     memory[contender.name].append(server.memory_bytes() / 2**20)
         typer.echo(f"{job}, {connections} connections, {workers} HTTP processes")
         for name, found in rates.items():
-            spread = f"{min(found):.0f} to {max(found):.0f}"
             used = statistics.median(memory[name])
-            typer.echo(f"  {name:13} {statistics.median(found):7.0f} requests/s ({spread}), {used:.0f} MiB")
+            typer.echo(f"  {name:13} {spread(found, '{:.0f}')} requests/s, {used:.0f} MiB")
         ratio = statistics.median(rates[BARE.name]) / statistics.median(rates[OWNER.name])
         typer.echo(f"  a replica for each is {ratio:.2f} × one owner")
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.measure import QUEUE_S, Run
-from benchmarks.results import Cell, Results, Verdict, p50_ms, p99_ms, per_s, verdicts
+from benchmarks.results import HEAVY_CONNECTIONS, Cell, Results, Verdict, p50_ms, p99_ms, per_s, spread, verdicts
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 """What stands between these lines of a document is replaced by the next run; the rest of it stays."""
@@ -98,7 +98,8 @@ def _circumstances(run: Run) -> list[str]:
         f"- Versions: {', '.join(versions + peers)}.",
         f"- Settings: {plan.rounds} rounds of {plan.seconds} s a cell, {plan.workers} workers for every server that "
         f"has workers, one torch thread in each of the others; closed loop by {generator}, open loop by the "
-        f"benchmark's own; overload with a queue of {QUEUE_S * 1e3:.0f} ms of work in each worker, at least 16 rows.",
+        f"benchmark's own; overload with a queue of {QUEUE_S * 1e3:.0f} ms of work in each worker, at "
+        f"least {HEAVY_CONNECTIONS} rows.",
         f"- {quiet(run.results)}",
         "- Medians over the rounds, [lowest–highest]; a ratio is taken within each round first.",
     ]
@@ -116,9 +117,9 @@ def _cells(results: Results) -> str:
                 job,
                 str(connections),
                 contender,
-                _spread([per_s(cell) for cell in cells], "{:.0f}"),
+                spread([per_s(cell) for cell in cells], "{:.0f}"),
                 f"{_median(cells, p50_ms):.2f}",
-                _spread([p99_ms(cell) for cell in cells], "{:.1f}"),
+                spread([p99_ms(cell) for cell in cells], "{:.1f}"),
                 f"{statistics.median(batches):.1f}" if batches else "",
                 f"{_median(cells, lambda cell: cell.cpu_us_per_request):.0f}",
                 str(sum(cell.load.failed for cell in cells) or ""),
@@ -129,17 +130,17 @@ def _cells(results: Results) -> str:
     forward = list(results.scalars.get("bare forward ms", {}).values())
     loop = list(results.scalars.get("bare loop per s", {}).values())
     if forward:
-        text += f"\n\nThe bare forward of one item: {_spread([ms * 1e3 for ms in forward], '{:.0f}')} µs."
+        text += f"\n\nThe bare forward of one item: {spread([ms * 1e3 for ms in forward], '{:.0f}')} µs."
     if loop:
         text += (
-            f"\n\nThe bare loop of decoding and forward, no HTTP, on all cores: {_spread(loop, '{:.0f}')} pictures/s."
+            f"\n\nThe bare loop of decoding and forward, no HTTP, on all cores: {spread(loop, '{:.0f}')} pictures/s."
         )
     return text
 
 
 def _memory(results: Results) -> str:
     return table(
-        ["server", "PSS MiB"], [[name, _spread(found, "{:.0f}")] for name, found in sorted(results.memory_mib.items())]
+        ["server", "PSS MiB"], [[name, spread(found, "{:.0f}")] for name, found in sorted(results.memory_mib.items())]
     )
 
 
@@ -152,12 +153,12 @@ def _open_cells(results: Results) -> str:
                 [
                     job,
                     f"{share:.0%}",
-                    _spread([cell.offered_per_s for cell in cells], "{:.0f}"),
-                    _spread([load.per_s for load in loads], "{:.0f}"),
+                    spread([cell.offered_per_s for cell in cells], "{:.0f}"),
+                    spread([load.per_s for load in loads], "{:.0f}"),
                     f"{statistics.median(load.shed for load in loads):.0f}",
                     f"{sum(load.failed for load in loads)}",
-                    _spread([load.p50_s * 1e3 for load in loads], "{:.1f}"),
-                    _spread([load.p99_s * 1e3 for load in loads], "{:.1f}"),
+                    spread([load.p50_s * 1e3 for load in loads], "{:.1f}"),
+                    spread([load.p99_s * 1e3 for load in loads], "{:.1f}"),
                     f"{statistics.median(load.late_s for load in loads) * 1e3:.1f}",
                 ]
             )
@@ -177,12 +178,6 @@ def _tries(results: Results) -> str:
 
 def _median(cells: Iterable[Cell], figure: Callable[[Cell], float]) -> float:
     return statistics.median(figure(cell) for cell in cells)
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    """Median and, of several, lowest and highest."""
-    text = form.format(statistics.median(values))
-    return text if len(values) < 2 else f"{text} [{form.format(min(values))}–{form.format(max(values))}]"
 
 
 def _processor() -> str:

@@ -176,6 +176,12 @@ def percentile(name: str, share: float) -> Callable[[Results], list[float]]:
     return values
 
 
+def spread(values: Sequence[float], form: str) -> str:
+    """Median and, of several, lowest and highest, each as `form` has it."""
+    text = form.format(statistics.median(values))
+    return text if len(values) < 2 else f"{text} [{form.format(min(values))}–{form.format(max(values))}]"
+
+
 def at_least(limit: float) -> Bound:
     """A figure that should be high."""
     return Bound(limit)

@@ -16,6 +16,7 @@ import typer
 
 from benchmarks import load, wrk
 from benchmarks.forms import numbers, start
+from benchmarks.results import spread
 
 CHOICES = (("uvloop", "own"), ("uvloop", "httptools"), ("uvloop", "h11"), ("asyncio", "own"))
 CONNECTIONS = 64
@@ -27,7 +28,7 @@ def bench(
     seconds: Annotated[int, typer.Option(help="Seconds of each measurement.")] = 3,
 ) -> None:
     """Measure the service on each event loop and behind each parser."""
-    closed_loop = wrk.closed_loop if wrk.available() else load.closed_loop
+    closed_loop = wrk.or_own_closed_loop()
     body = orjson.dumps({"instances": [numbers(1)]})
     request = load.http_request("/anomaly-score?model=mnist-basic", body, "application/json")
     per_s: dict[tuple[str, str], list[float]] = {choice: [] for choice in CHOICES}
@@ -52,13 +53,9 @@ def bench(
         p50_ms, p99_ms = ([getattr(found, name) * 1e3 for found in arriving[loop, http]] for name in ("p50_s", "p99_s"))
         print(
             f"  {loop:8} {http:10} {statistics.median(rates):6.0f} requests/s, "
-            f"{statistics.median(ratios):.2f} [{min(ratios):.2f}–{max(ratios):.2f}] of the service's own choice; "
-            f"arriving: p50 {_spread(p50_ms)} ms, p99 {_spread(p99_ms)} ms"
+            f"{spread(ratios, '{:.2f}')} of the service's own choice; "
+            f"arriving: p50 {spread(p50_ms, '{:.1f}')} ms, p99 {spread(p99_ms, '{:.1f}')} ms"
         )
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.1f} [{min(values):.1f}–{max(values):.1f}]"
 
 
 if __name__ == "__main__":

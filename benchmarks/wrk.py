@@ -6,9 +6,10 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import load
 from benchmarks.load import Load
 
 _SCRIPT = """
@@ -38,6 +39,11 @@ end
 def available() -> bool:
     """Whether wrk is installed."""
     return shutil.which("wrk") is not None
+
+
+def or_own_closed_loop() -> Callable[[int, Sequence[bytes], int, int], Load]:
+    """`closed_loop`, or the benchmark's own where wrk is not installed."""
+    return closed_loop if available() else load.closed_loop
 
 
 def closed_loop(port: int, requests: Sequence[bytes], connections: int, seconds: int) -> Load:

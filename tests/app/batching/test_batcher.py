@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import app.batching.batcher
-from app.batching.batcher import Batcher, BatchRecord
+from app.batching.batcher import Answered, Batcher, BatchRecord
 from app.batching.queue import Lane
 from app.errors import DeadlineExceeded, Draining, InferenceFailed, PayloadTooLarge, QueueFull
 
@@ -54,6 +54,15 @@ def play(scene: Callable[[Batcher], Coroutine[Any, Any, None]], *, max_queue_row
 
     asyncio.run(asyncio.wait_for(act(), timeout=20))
     return records
+
+
+async def fill(batcher: Batcher, model: Doubler, requests: int) -> list[asyncio.Task[Answered[int]]]:
+    """So many requests of a row each, of which the first runs and the others wait."""
+    taken = []
+    for index in range(requests):
+        taken.append(asyncio.create_task(batcher.submit(model.lane, [index])))
+        await settle()
+    return taken
 
 
 async def settle() -> None:
@@ -214,10 +223,7 @@ def test_a_full_queue_rests_no_longer_than_a_batch_runs(monkeypatch: pytest.Monk
 
     async def scene(batcher: Batcher) -> None:
         model = Doubler(max_batch_size=1)
-        taken = []
-        for index in range(3):  # one runs, two wait
-            taken.append(asyncio.create_task(batcher.submit(model.lane, [index])))
-            await settle()
+        taken = await fill(batcher, model, 3)
         with pytest.raises(QueueFull):
             await batcher.submit(model.lane, [3])
         threading.Timer(0.05, model.open, [3]).start()
@@ -257,10 +263,7 @@ def test_new_connections_keep_a_full_service_awake(monkeypatch: pytest.MonkeyPat
     async def scene(batcher: Batcher) -> None:
         monkeypatch.setattr(batcher._has_ended, "wait", rests.append)
         model = Doubler(max_batch_size=1)
-        taken = []
-        for index in range(2):  # one runs, one waits
-            taken.append(asyncio.create_task(batcher.submit(model.lane, [index])))
-            await settle()
+        taken = await fill(batcher, model, 2)
         for new_connection in (True, False):
             if new_connection:
                 batcher.stay_awake()
@@ -281,20 +284,12 @@ def test_a_queue_with_room_for_one_does_not_rest(monkeypatch: pytest.MonkeyPatch
     async def scene(batcher: Batcher) -> None:
         monkeypatch.setattr(batcher._has_ended, "wait", rests.append)
         model = Doubler(max_batch_size=1)
-        taken = []
-        for items in ([0], [1], [2]):
-            taken.append(asyncio.create_task(batcher.submit(model.lane, items)))
-            await settle()
-            if len(taken) == 2:  # one runs, one waits, and there is room for one more
-                with pytest.raises(QueueFull):
-                    await batcher.submit(model.lane, [3, 4])
-                await settle()
-                assert rests == []
+        taken = await fill(batcher, model, 2)  # one more would have room
         with pytest.raises(QueueFull):
-            await batcher.submit(model.lane, [3])
+            await batcher.submit(model.lane, [3, 4])
         await settle()
-        assert len(rests) == 1
-        model.open(3)
+        assert rests == []
+        model.open(2)
         await asyncio.gather(*taken)
 
     play(scene, max_queue_rows=2)
