@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -401,6 +402,31 @@ def test_bad_row_fails_its_own_request_alone(service: Service, items: np.ndarray
     for answer, expected in zip(good, alone, strict=True):
         assert answer().status_code == 200
         np.testing.assert_allclose(answer().json()["results"][0]["latent"], expected["results"][0]["latent"], atol=1e-5)
+
+
+@pytest.mark.parametrize("pixel", [POISON, NOT_A_NUMBER])
+def test_one_bad_row_among_64_requests_is_one_error(
+    run_app: Callable[..., AbstractContextManager[Service]], store: Path, pixel: float
+) -> None:
+    """Of 64 requests that wait together, one poisoned: exactly one fails, and 63 get their own right answers."""
+    rows = (np.random.default_rng(1).random((64, 64)) * 0.9).astype(np.float32)
+    sent, bad = rows.copy(), 37
+    sent[bad, 0] = pixel
+    with run_app(Settings(models_store=store, log_format="json")) as service:
+        alone = [service.client.post("/encode", json={"instances": [row.tolist()]}).json() for row in rows]
+        with service.held_device():
+            hold = service.post_aside("/encode", json=GOOD)
+            service.until(lambda: "running" in repr(service.app.state.catalog.batcher))
+            asked = [service.post_aside("/encode", json={"instances": [row.tolist()]}) for row in sent]
+            service.until(lambda: service.app.state.catalog.batcher.waiting_rows == 64)
+        assert hold().status_code == 200
+        answers = [answer() for answer in asked]
+    assert [index for index, answer in enumerate(answers) if answer.status_code != 200] == [bad]
+    checked(answers[bad], 500, "inference_failed", "item 0: ")
+    for index, (answer, expected) in enumerate(zip(answers, alone, strict=True)):
+        if index != bad:
+            latent, own = answer.json()["results"][0]["latent"], expected["results"][0]["latent"]
+            np.testing.assert_allclose(latent, own, atol=1e-5)
 
 
 @pytest.mark.parametrize(
